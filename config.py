@@ -1,0 +1,76 @@
+"""Every setting of a run, as a flat list of constants.
+
+Each is also a flag of train.py by its lower-case name (`--batch_size 64`), and `--preset NAME` takes a
+named group from PRESETS at the end. A flag beats a preset, a preset beats the constant written here.
+The comment behind a constant is what `python train.py --help` prints for it.
+Papers: DDPM = Ho et al. 2020, arXiv:2006.11239; iDDPM = Nichol & Dhariwal 2021, arXiv:2102.09672.
+"""
+
+# --- data -------------------------------------------------------------------------------------------
+DATASET = "tiny-imagenet"  # tiny-imagenet, folder (your own pictures), shapes (drawn by code), or your own (src/dataset.py)
+DATA_PATH = "./data/tiny-imagenet-200"  # folder of the images; tiny-imagenet is downloaded if it is absent
+DATA_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"  # of tiny-imagenet, or of any mirror of it
+DATA_SIZE = 248100043  # bytes of that archive, checked after the download; 0 skips the check
+DATA_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"  # md5 of that archive, checked after the download; empty skips the check
+CACHE_PATH = "./data/cache"  # where the decoded images are kept as one uint8 array, 12 kB a picture at 64x64
+IMAGE_SIZE = 64  # pixels per side that the network sees; images are centre-cropped and resized to it
+NUM_WORKERS = -1  # processes that decode images the first time; -1 takes one per CPU core, 0 decodes in the main process
+HORIZONTAL_FLIP = True  # mirror half of the training images at random (DDPM, app. B); false for text and the like
+
+# --- network ----------------------------------------------------------------------------------------
+UNET_DIM = 128  # channels at full resolution (DDPM, app. B); a multiple of 8, and of 32 from 128 on
+DIM_MULTS = (1, 2, 3, 4)  # channels per level in units of UNET_DIM; each level after the first halves the resolution (iDDPM, 64x64)
+NUM_RES_BLOCKS = 2  # residual blocks per level on the way down, one more on the way up (DDPM, app. B)
+ATTENTION_RESOLUTIONS = (
+    16,
+    8,
+)  # pixels per side at which self-attention follows each block (iDDPM); 0 leaves it to the middle alone
+DROPOUT = 0.0  # probability inside residual blocks; 0 is off (iDDPM, ImageNet-64); 0.1 for small sets (DDPM, CIFAR-10)
+CLASS_CONDITIONAL = False  # true gives the network the class label as well
+LABEL_DROPOUT = 0.1  # share of labels hidden in training, for classifier-free guidance (arXiv:2207.12598); 0 is off
+ACTIVATION_CHECKPOINTING = False  # true computes each block again in the backward pass: less memory, a third more time
+
+# --- diffusion --------------------------------------------------------------------------------------
+TIME_STEPS = 1000  # T, steps in the chain (DDPM, sec. 4); costs ancestral sampling time, not training time
+BETA_SCHEDULE = "linear"  # variance of the noise added per step: linear (DDPM, sec. 4) or cosine (iDDPM, eq. 17)
+PREDICTION = (
+    "eps"  # what the network predicts: eps, the noise (DDPM, eq. 14); v (arXiv:2202.00512, app. D); x0, the clean image
+)
+MIN_SNR_GAMMA = 0.0  # caps the weight of easy, low-noise steps (arXiv:2303.09556, which takes 5); 0 is off
+
+# --- training ---------------------------------------------------------------------------------------
+BATCH_SIZE = 16  # images per forward and backward pass, over all processes together
+GRAD_ACCUM_STEPS = 1  # passes per optimizer step; BATCH_SIZE x GRAD_ACCUM_STEPS is the effective batch
+LEARNING_RATE = 1e-4  # of Adam, per optimizer step; 2e-4 for 32x32 in DDPM, app. B, less for larger images
+WARMUP_STEPS = 1000  # optimizer steps over which the learning rate rises linearly from 0; 0 is off (DDPM code: 5000)
+EPOCHS = 100  # passes over the training images, in all, resumed runs counted in
+GRAD_CLIP = 1.0  # largest L2 norm of the gradient (DDPM code); 0 is off
+EMA_DECAY = 0.9999  # of the weight average per optimizer step, half-life 6931 steps (DDPM, app. B); 0 follows the raw weights
+PRECISION = "auto"  # of the network: fp32, bf16, fp16; auto takes bf16 where the device computes in it, else fp32
+COMPILE = "auto"  # torch.compile the network: true, false; auto compiles on CUDA
+SEED = 0  # of weights, data order, t and noise, 0 to 2^32 - 1; the same seed gives the same run
+DEVICE = "auto"  # cuda, mps, cpu; auto takes the first of these that there is
+
+# --- what a run writes ------------------------------------------------------------------------------
+VAL_IMAGES = 2000  # held-out images whose loss is measured each epoch, at fixed t and noise; decides best.pth
+NUM_SAMPLES = 64  # pictures in the preview grid
+PREVIEW_STEPS = 20  # DPM-Solver++ steps of the preview grid, not TIME_STEPS, so that a look costs seconds
+SAVE_EVERY = 10  # epochs between epoch_010.pth, epoch_020.pth, ...; latest.pth is written every epoch
+SAVE_MINUTES = 10.0  # minutes between further writes of latest.pth inside an epoch; 0 is off
+SAMPLE_EVERY = 5  # epochs between preview grids
+LOG_EVERY = 50  # optimizer steps between points in TensorBoard; the only times the loop waits for the GPU
+CHECKPOINT_PATH = "./checkpoints"  # folder of latest.pth, best.pth, epoch_010.pth, ...
+OUTPUT_PATH = "./outputs"  # folder of samples/epoch_005.png, ...
+LOG_PATH = "./logs/tensorboard"  # folder of the TensorBoard events
+
+PRESETS = {
+    # Shapes drawn by code, on two CPU cores in minutes: no download, no GPU.
+    "demo": dict(
+        DATASET="shapes", IMAGE_SIZE=32, UNET_DIM=32, DIM_MULTS=(1, 2, 4), NUM_RES_BLOCKS=1, ATTENTION_RESOLUTIONS=(8,),
+        CLASS_CONDITIONAL=True, BETA_SCHEDULE="cosine", PREDICTION="v", BATCH_SIZE=32, LEARNING_RATE=1e-3, WARMUP_STEPS=100,
+        EPOCHS=4, EMA_DECAY=0.995, VAL_IMAGES=500, SAMPLE_EVERY=1, SAVE_EVERY=2, LOG_EVERY=20,
+        CHECKPOINT_PATH="./checkpoints/demo", OUTPUT_PATH="./outputs/demo", LOG_PATH="./logs/tensorboard/demo",
+    ),
+    # One large GPU.
+    "h100": dict(BATCH_SIZE=256, LEARNING_RATE=2e-4),
+}
