@@ -1,0 +1,298 @@
+"""Every dataset by one path: decode once to a uint8 cache file, map it into memory, serve batches from it.
+
+A dataset is any map-style torch Dataset of (image, label); DATASETS says which there are. `prepare` returns its
+Images, and `Images.to(device)` what training draws from.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from src.decode import to_uint8
+from src.images import DeviceImages, Images, normalise
+from src.shapes import Shapes
+from src.sources import ImageFolder, TinyImageNet, obtain_tiny_imagenet
+from src.utils import UserError, atomic_file
+
+__all__ = [
+    "DATASETS",
+    "DeviceImages",
+    "Images",
+    "normalise",
+    "obtain_tiny_imagenet",
+    "prepare",
+    "test_dataset",
+    "to_uint8",
+]
+
+# name -> function of (path, split "train" or "val", image_size) that gives a Dataset of (image, label).
+# An image is a PIL image, a uint8 array [H, W, 3], or a tensor [3, H, W], uint8 or float in [0, 1]; its size is free.
+# A class of your own is one line here, without random augmentation, as it is decoded once:
+#     "cifar10": lambda path, split, image_size: torchvision.datasets.CIFAR10(path, split == "train", download=True),
+# The Dataset may carry `classes` (names by label), `class_ids`, and `fingerprint` (text that changes when the
+# pictures do; otherwise a few pictures are compared at each start).
+DATASETS: dict[str, Callable[[Any, str, int], Any]] = {
+    "tiny-imagenet": lambda path, split, image_size: TinyImageNet(path, split),
+    "folder": lambda path, split, image_size: ImageFolder(path, split),
+    "shapes": lambda path, split, image_size: Shapes(split, image_size),
+}
+
+FORMAT = 1  # of the cache file and of to_uint8; count up when either changes, and caches are made again
+CHUNK = 64  # pictures a worker decodes and hands over at a time
+ABANDONED = 600  # seconds without a write after which a half-made cache is left over from a killed run
+
+
+class Labelled(Protocol):
+    """What a dataset has to offer: a length, and (image, label) by index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> tuple[Any, int]: ...
+
+
+def prepare(
+    name: str,
+    path: str | os.PathLike,
+    split: str,
+    image_size: int,
+    cache_path: str | os.PathLike = "./data/cache",
+    num_workers: int = -1,
+) -> Images:
+    """The dataset `name` at `path` as Images, from the cache file if that is still true, else decoded first.
+
+    num_workers: processes that decode; -1 one per core, 0 this process.
+    Several processes: let one call this first, the others after it.
+    Raises UserError: no such dataset, a picture that cannot be read, a cache folder that cannot be written.
+    """
+    if name not in DATASETS:
+        raise UserError(
+            f"There is no dataset {name!r}: choose one of {', '.join(DATASETS)}, or add your own to DATASETS in src/dataset.py."
+        )
+    dataset = DATASETS[name](path, split, image_size)
+    if len(dataset) == 0:
+        raise UserError(f"{name} {split} at {path} has no pictures.")
+    fingerprint = getattr(dataset, "fingerprint", None) or sampled_fingerprint(dataset, image_size)
+    cache = cache_file(name, path, split, image_size, cache_path)
+    with cache_advice(cache, len(dataset) * 3 * image_size**2):
+        remove_abandoned(cache)
+        images, stale = open_cache(cache, fingerprint)
+        if images is None:
+            print(f"{name} {split}: decoding {len(dataset):,} images to {cache}" + (f" ({stale})" if stale else ""))
+            write_cache(cache, dataset, image_size, fingerprint, num_workers)
+            images, stale = open_cache(cache, fingerprint)
+            if images is None:
+                raise UserError(f"{cache} cannot be read back after writing it: {stale}. Is the disk sound?")
+    print(
+        f"{name} {split}: {len(images):,} images of {len(images.classes)} "
+        f"{'class' if len(images.classes) == 1 else 'classes'} at {image_size}x{image_size}, from {cache}"
+    )
+    return images
+
+
+def cache_file(name: str, path: str | os.PathLike, split: str, image_size: int, cache_path: str | os.PathLike) -> Path:
+    """E.g. data/cache/tiny-imagenet-train-64-1f3a92c4.npy; the digits tell one source folder from another."""
+    digits = hashlib.sha256(os.path.abspath(path).encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    source = "" if name == "shapes" else f"-{digits}"  # shapes come from no folder
+    return Path(cache_path) / f"{name}-{split}-{image_size}{source}.npy"
+
+
+def sampled_fingerprint(dataset: Labelled, image_size: int) -> str:
+    """For a dataset without a fingerprint: its class, length, and eight of its pictures."""
+    digest = hashlib.sha256(f"{type(dataset).__qualname__} {len(dataset)}".encode())
+    for index in np.linspace(0, len(dataset) - 1, 8).astype(int):
+        image, label = dataset[int(index)]
+        digest.update(to_uint8(image, image_size).tobytes() + str(int(label)).encode())
+    return digest.hexdigest()
+
+
+class Chunks(Dataset):
+    """Chunk i of a dataset, decoded: (uint8 [K, 3, S, S], int64 [K]), or the message of what went wrong.
+
+    A message, because an exception would leave a worker process as a traceback. numpy arrays, because tensors
+    would travel through /dev/shm, of which containers often have 64 MB.
+    """
+
+    def __init__(self, dataset: Labelled, image_size: int):
+        self.dataset, self.image_size = dataset, image_size
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.dataset) / CHUNK)
+
+    def __getitem__(self, chunk: int) -> tuple[np.ndarray, np.ndarray] | str:
+        images, labels = [], []
+        try:
+            for index in range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(self.dataset))):
+                image, label = self.dataset[index]
+                images.append(to_uint8(image, self.image_size))
+                labels.append(int(label))
+        except UserError as error:
+            return str(error)
+        return np.stack(images), np.array(labels, dtype=np.int64)
+
+
+def as_it_is(chunk):
+    """For DataLoader, whose own habit is to turn arrays into tensors. Named, so that it pickles under spawn."""
+    return chunk
+
+
+def decoded(dataset: Labelled, image_size: int, num_workers: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The chunks of a dataset in order, with a progress bar. Raises UserError for a picture that cannot be read."""
+    chunks = Chunks(dataset, image_size)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(cores if num_workers < 0 else num_workers, len(chunks))
+    # a generator of its own: DataLoader draws a seed, and a run must not depend on whether the cache was there
+    loader = DataLoader(
+        chunks,
+        batch_size=None,
+        num_workers=workers if workers > 1 else 0,
+        collate_fn=as_it_is,
+        generator=torch.Generator(),
+    )
+    try:
+        with tqdm(total=len(dataset), desc="decoding", unit=" images", unit_scale=True, disable=None) as bar:
+            for chunk in loader:
+                if isinstance(chunk, str):
+                    raise UserError(chunk)
+                yield chunk
+                bar.update(len(chunk[1]))
+    except RuntimeError as error:
+        if "DataLoader worker" in str(error):
+            raise UserError(
+                "A process that decodes images was killed, perhaps for lack of memory. "
+                "Try fewer with NUM_WORKERS / --num_workers, 0 for none."
+            ) from error
+        raise
+
+
+# --- the cache file ---------------------------------------------------------------------------------
+# Three .npy arrays in one file: images uint8 [N, 3, S, S] (so np.load(file, mmap_mode="r") opens them), labels
+# int64 [N], and a JSON text. The text comes last: a file that has it is whole.
+def write_cache(cache: Path, dataset: Labelled, image_size: int, fingerprint: str, num_workers: int) -> None:
+    """Decode and write. Plain writes, no writable map: on a full disk a map would kill the process (SIGBUS)."""
+    all_labels = []
+    with atomic_file(cache) as file:
+        shape = (len(dataset), 3, image_size, image_size)
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        for images, labels in decoded(dataset, image_size, num_workers):
+            file.write(images.data)
+            all_labels.append(labels)
+        labels = np.concatenate(all_labels)
+        classes = list(getattr(dataset, "classes", None) or map(str, range(labels.max() + 1)))
+        if labels.min() < 0 or labels.max() >= len(classes):
+            raise UserError(
+                f"The dataset has labels from {labels.min()} to {labels.max()} but {len(classes)} class "
+                f"names; labels must lie in 0 to {len(classes) - 1}."
+            )
+        about = {
+            "format": FORMAT,
+            "fingerprint": fingerprint,
+            "classes": classes,
+            "class_ids": list(getattr(dataset, "class_ids", None) or classes),
+        }
+        np.save(file, labels)
+        np.save(file, np.array(json.dumps(about)))
+
+
+def open_cache(cache: Path, fingerprint: str) -> tuple[Images | None, str]:
+    """(Images, ""), or (None, the reason why it must be made again; "" where there is none yet)."""
+    try:
+        with open(cache, "rb") as file:
+            np.lib.format.read_magic(file)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            offset = file.tell()
+            file.seek(math.prod(shape), os.SEEK_CUR)
+            labels = np.load(file, allow_pickle=False)
+            about = json.loads(np.load(file, allow_pickle=False).item())
+            if dtype != np.uint8 or len(shape) != 4 or labels.shape != shape[:1] or file.read(1):
+                raise ValueError("unexpected content")
+            if about["format"] != FORMAT:
+                return None, "the cache is of another version of this program"
+            if about["fingerprint"] != fingerprint:
+                return None, "the pictures have changed since the cache was made"
+            classes, class_ids = about["classes"], about["class_ids"]
+    except FileNotFoundError:
+        return None, ""
+    except PermissionError:
+        raise
+    except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError):
+        return None, "the cache is damaged"
+    images = np.memmap(cache, dtype=np.uint8, mode="r", offset=offset, shape=shape)
+    return Images(images, torch.from_numpy(labels), classes, class_ids, cache), ""
+
+
+@contextlib.contextmanager
+def cache_advice(cache: Path, needed: int) -> Iterator[None]:
+    """Say what to do where the cache, of `needed` bytes, cannot be written or read."""
+    try:
+        yield
+    except OSError as error:
+        folder = cache.parent
+        while not folder.is_dir() and folder != folder.parent:
+            folder = folder.parent
+        raise UserError(
+            f"Cannot keep the decoded images in {cache}: {error.strerror or error}. It needs "
+            f"{needed / 1e6:,.0f} MB, {shutil.disk_usage(folder).free / 1e6:,.0f} MB are free there. "
+            f"Make room or mend the permissions, or choose another folder with CACHE_PATH / --cache_path."
+        ) from error
+
+
+def remove_abandoned(cache: Path) -> None:
+    """Remove what a killed run left of this file. A run that is alive writes every few seconds."""
+    for part in cache.parent.glob(f".{cache.name}.part-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - part.stat().st_mtime > ABANDONED:
+                part.unlink()
+
+
+def test_dataset() -> None:
+    """Smoke check for `python -c`, offline, a few seconds. Raises AssertionError; tests/ holds what must hold."""
+    from PIL import Image
+
+    with tempfile.TemporaryDirectory() as folder:
+        first = prepare("shapes", "", "val", 32, folder, num_workers=0)
+        written = first.path.stat().st_mtime_ns
+        again = prepare("shapes", "", "val", 32, folder, num_workers=0)
+        assert again.path.stat().st_mtime_ns == written, "the second start decoded the images again"
+        assert again.images.shape == (2000, 3, 32, 32) and again.images.dtype == np.uint8
+        assert torch.bincount(again.labels).tolist() == [200] * 10, "the classes are not balanced"
+        print("ok: 2,000 shapes of 10 classes, decoded once, read back from the cache")
+
+        rows = torch.arange(16)
+        all_of_them = torch.ones(16, dtype=torch.bool)
+        x_0, y = again.to("cpu").batch(rows, None)
+        mirrored, _ = again.to("cpu").batch(rows, all_of_them)
+        assert x_0.dtype == torch.float32 and x_0.min() >= -1 and x_0.max() <= 1 and x_0.std() > 0.1
+        assert torch.equal(mirrored.flip(-1), x_0), "flipping twice does not give the image back"
+        assert torch.equal(y, again.labels[rows])
+        assert torch.equal(normalise(torch.tensor([[[[0, 255]]]], dtype=torch.uint8)), torch.tensor([[[[-1.0, 1.0]]]]))
+        print("ok: batches are float32 in [-1, 1] with their labels, and a flip undoes itself")
+
+        odd = Path(folder, "pictures")
+        odd.mkdir()
+        for mode in ("L", "RGB", "RGBA", "CMYK", "P", "I;16"):
+            Image.new(mode, (40, 50)).save(odd / f"{mode.replace(';', '')}.tif")
+        assert len(prepare("folder", odd, "train", 16, folder, num_workers=0)) == 5  # and one held out
+        (odd / "broken.jpg").write_bytes(b"not a picture")
+        try:
+            for split in ("train", "val"):
+                prepare("folder", odd, split, 16, folder, num_workers=0)
+        except UserError as error:
+            assert "broken.jpg" in str(error)
+        else:
+            raise AssertionError("a broken picture went unnoticed")
+        print("ok: pictures of odd kinds are read, and a broken one is named")
+
+        del first, again  # Windows removes no file that is still mapped
