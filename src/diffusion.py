@@ -1,0 +1,282 @@
+"""The diffusion process of Ho et al. 2020 (arXiv:2006.11239), in the order of the paper.
+
+Symbols are the paper's: x_0 is a clean image with pixels in [-1, 1], x_t the same after step t, eps the noise,
+abar the product of all alpha = 1 - beta so far. Index t = 0 in code is the paper's t = 1, the first and least
+noisy step; what the paper calls t = 0 is the clean image, where abar = 1. Nothing below shifts an index again.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from src.samplers import SAMPLERS, Step, Trajectory, posterior
+
+Model = Callable[..., Tensor]  # model(x_t, t, y) -> [B, 3, S, S]; t: [B] int64; y: [B] int64 or None
+
+
+def linear_betas(time_steps: int) -> Tensor:
+    """beta from 1e-4 to 0.02 in equal steps (sec. 4) for T = 1000. For another T they scale by 1000 / T, so that the
+    noise adds up to the same; a beta of 0.999 is the most there is. Returns [T] float64."""
+    scale = 1000 / time_steps
+    return torch.linspace(1e-4 * scale, 0.02 * scale, time_steps, dtype=torch.float64).clamp(max=0.999)
+
+
+def cosine_betas(time_steps: int) -> Tensor:
+    """abar falls as a squared cosine (Nichol & Dhariwal 2021, arXiv:2102.09672, Eq. 17), beta at most 0.999.
+    Returns [T] float64."""
+    time = torch.linspace(0, 1, time_steps + 1, dtype=torch.float64)
+    abar = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+    return (1 - abar[1:] / abar[:-1]).clamp(max=0.999)
+
+
+SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas}
+PREDICTIONS = ("eps", "v", "x0")
+
+
+def at(table: Tensor, t: Tensor) -> Tensor:
+    """One entry per image, shaped to multiply a batch. table: [T], t: [B] int64. Returns [B, 1, 1, 1]."""
+    return table.to(t.device)[t][:, None, None, None]
+
+
+class GaussianDiffusion(nn.Module):
+    """Tables of the forward process and its posterior, the loss, and sampling.
+
+    time_steps: T, at least 2.   schedule: "linear" or "cosine".   prediction: what the network gives, "eps", "v" or
+    "x0".   min_snr_gamma: caps the loss weight of low-noise steps (arXiv:2303.09556), 0 is off.
+
+    `betas` and `alphas_cumprod` are [T] float64 on the CPU; the tables used on images are their float32 roundings.
+    """
+
+    signal: Tensor
+    sigma: Tensor
+    w_0: Tensor
+    w_t: Tensor
+    var: Tensor
+    log_var: Tensor
+    weight: Tensor
+
+    def __init__(self, time_steps: int = 1000, schedule: str = "linear", prediction: str = "eps", min_snr_gamma: float = 0.0):
+        super().__init__()
+        if schedule not in SCHEDULES:
+            raise ValueError(f"schedule is {schedule!r}, expected one of {', '.join(SCHEDULES)}")
+        if prediction not in PREDICTIONS:
+            raise ValueError(f"prediction is {prediction!r}, expected one of {', '.join(PREDICTIONS)}")
+        if time_steps < 2:
+            raise ValueError(f"time_steps is {time_steps}, expected at least 2")
+        if min_snr_gamma < 0:
+            raise ValueError(f"min_snr_gamma is {min_snr_gamma}, expected at least 0, which is off")
+        self.time_steps, self.prediction = time_steps, prediction
+        self.betas = SCHEDULES[schedule](time_steps)
+        self.alphas_cumprod = abar = (1 - self.betas).cumprod(0)
+        abar_before = F.pad(abar[:-1], (1, 0), value=1.0)  # the clean image carries no noise
+        w_0, w_t, var = posterior(abar, abar_before)
+        snr = abar / (1 - abar)
+        # The network's error measured on eps, v or x_0 differs by these factors of the SNR (ibid., sec. 3.4).
+        per_x_0_error = {"eps": 1 / snr, "v": 1 / (snr + 1), "x0": torch.ones_like(snr)}[prediction]
+        tables = {
+            "signal": abar.sqrt(),  # q(x_t | x_0) = N(signal x_0, sigma^2 I)                        Eq. (4)
+            "sigma": (1 - abar).sqrt(),
+            "w_0": w_0,  # q(x_{t-1} | x_t, x_0) = N(w_0 x_0 + w_t x_t, var I)                       Eqs. (6), (7)
+            "w_t": w_t,
+            "var": var,
+            "log_var": var.clamp(min=var[1]).log(),  # var is 0 at t = 0: the logarithm takes its neighbour's
+            "weight": snr.clamp(max=min_snr_gamma) * per_x_0_error if min_snr_gamma else torch.ones_like(snr),
+        }
+        for name, table in tables.items():
+            self.register_buffer(name, table.float(), persistent=False)  # follows from the settings: not checkpointed
+
+    # --- forward process: Eq. (4) ---------------------------------------------------------------------------------
+
+    def q_sample(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Noise clean images straight to step t, Eq. (4).
+        x_0: [B, 3, S, S] float, pixels in [-1, 1].   t: [B] int64 in [0, T); 0 means one step of noise.
+        noise: like x_0, standard normal.   Returns x_t, like x_0.
+        """
+        return at(self.signal, t) * x_0 + at(self.sigma, t) * noise
+
+    # --- posterior: Eqs. (6), (7) ---------------------------------------------------------------------------------
+
+    def q_posterior(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q(x_{t-1} | x_t, x_0): its mean, like x_0; its variance beta_tilde, [B, 1, 1, 1], 0 at t = 0; and the logarithm
+        of the variance, [B, 1, 1, 1], with the value of t = 1 at t = 0."""
+        mean = at(self.w_0, t) * x_0 + at(self.w_t, t) * x_t
+        return mean, at(self.var, t), at(self.log_var, t)
+
+    # --- what the network predicts --------------------------------------------------------------------------------
+
+    def target(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """What the network should give for x_t: the noise, x_0, or v = signal noise - sigma x_0 (arXiv:2202.00512, app. D)."""
+        if self.prediction == "eps":
+            return noise
+        if self.prediction == "x0":
+            return x_0
+        return at(self.signal, t) * noise - at(self.sigma, t) * x_0
+
+    def to_x_0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The clean image that the network's prediction for x_t amounts to, unclipped. Eq. (15) for eps."""
+        if self.prediction == "eps":
+            return (x_t - at(self.sigma, t) * prediction) / at(self.signal, t)
+        if self.prediction == "x0":
+            return prediction
+        return at(self.signal, t) * x_t - at(self.sigma, t) * prediction
+
+    def to_eps(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The noise that the network's prediction for x_t amounts to."""
+        if self.prediction == "eps":
+            return prediction
+        if self.prediction == "x0":
+            return (x_t - at(self.signal, t) * prediction) / at(self.sigma, t)
+        return at(self.sigma, t) * x_t + at(self.signal, t) * prediction
+
+    # --- loss: L_simple, Eq. (14) ---------------------------------------------------------------------------------
+
+    def training_losses(
+        self, model: Model, x_0: Tensor, t: Tensor, noise: Tensor | None = None, y: Tensor | None = None
+    ) -> Tensor:
+        """Squared error of the prediction, mean over pixels, times the min-SNR weight. Shapes as in q_sample; noise is
+        drawn where none is given.   y: [B] int64 labels, -1 for none, or None.   Returns [B] float32."""
+        noise = torch.randn_like(x_0) if noise is None else noise
+        prediction = model(self.q_sample(x_0, t, noise), t, y).float()
+        losses = (prediction - self.target(x_0, t, noise)).square().flatten(1).mean(1)
+        return losses * self.weight.to(t.device)[t]
+
+    @torch.no_grad()
+    def eps_losses(self, model: Model, x_0: Tensor, t: Tensor, noise: Tensor, y: Tensor | None = None) -> Tensor:
+        """Squared error of the noise, unweighted, whatever the network predicts: comparable between runs. Returns [B]."""
+        x_t = self.q_sample(x_0, t, noise)
+        eps = self.to_eps(model(x_t, t, y).float(), x_t, t)
+        return (eps - noise).square().flatten(1).mean(1)
+
+    # --- reverse process: Alg. 2 and its faster relatives in samplers.py ------------------------------------------
+
+    def path(self, steps: int | None = None) -> list[Step]:
+        """`steps` steps from pure noise to the clean image, evenly spaced in t and starting at T - 1 (the "trailing"
+        spacing of Lin et al. 2023, arXiv:2305.08891, sec. 3.3), or all T of them. Any number from 1 to T."""
+        steps = self.time_steps if steps is None else steps
+        if not 1 <= steps <= self.time_steps:
+            raise ValueError(f"steps is {steps}, expected a number from 1 to {self.time_steps}, the model's TIME_STEPS")
+        times = [round(self.time_steps * (1 - i / steps)) - 1 for i in range(steps)]
+        abar = self.alphas_cumprod[times].tolist()
+        return [Step(*step) for step in zip(times, abar, [*abar[1:], 1.0])]
+
+    @torch.no_grad()  # not `with`: around a `yield` that would switch off the caller's gradients as well
+    def trajectory(
+        self,
+        model: Model,
+        shape: tuple[int, ...],
+        sampler: str = "ddpm",
+        steps: int | None = None,
+        eta: float = 0.0,
+        noise: Tensor | Callable[[int], Tensor] | None = None,
+        generator: torch.Generator | None = None,
+        y: Tensor | None = None,
+        guidance: float = 1.0,
+        clip_denoised: bool = True,
+        progress: bool = False,
+    ) -> Trajectory:
+        """As `sample`, but yields (x, x_0) after each step: where the images are, and the clean images predicted."""
+        if sampler not in SAMPLERS:
+            raise ValueError(f"sampler is {sampler!r}, expected one of {', '.join(SAMPLERS)}")
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta is {eta}, expected a number from 0 to 1")
+        device = self.signal.device
+
+        def fresh(k: int) -> Tensor:
+            if callable(noise):
+                return noise(k)
+            return torch.randn(shape, generator=generator, device=generator.device if generator else device).to(device)
+
+        def predict_x_0(x_t: Tensor, t: int) -> Tensor:
+            ts = torch.full((shape[0],), t, device=x_t.device)
+            if guidance == 1 or y is None:
+                prediction = model(x_t, ts, y)
+            elif guidance == 0:
+                prediction = model(x_t, ts, None)
+            else:  # arXiv:2207.12598, Eq. (6) with w = guidance - 1; the same for v and x_0, linear in eps at a given x_t
+                unconditional = model(x_t, ts, None)
+                prediction = unconditional + guidance * (model(x_t, ts, y) - unconditional)
+            x_0 = self.to_x_0(prediction.float(), x_t, ts)
+            return x_0.clamp(-1, 1) if clip_denoised else x_0  # before the mean: afterwards it would change nothing
+
+        path = self.path(steps)
+        x_t = noise if isinstance(noise, Tensor) else fresh(0)
+        states = SAMPLERS[sampler](x_t, path, predict_x_0, fresh, eta)
+        with eval_mode(model):
+            yield from tqdm(states, total=len(path), desc=sampler, unit="step", disable=not progress)
+
+    def sample(
+        self,
+        model: Model,
+        shape: tuple[int, ...],
+        sampler: str = "ddpm",
+        steps: int | None = None,
+        eta: float = 0.0,
+        noise: Tensor | Callable[[int], Tensor] | None = None,
+        generator: torch.Generator | None = None,
+        y: Tensor | None = None,
+        guidance: float = 1.0,
+        clip_denoised: bool = True,
+        progress: bool = False,
+    ) -> Tensor:
+        """Draw pictures: the last state of `trajectory`.
+
+        model: (x_t, t, y) -> prediction; a module is put into eval mode and back.   shape: (B, 3, S, S).
+        sampler: a name in SAMPLERS.   steps: 1 to T, or None for all T.   eta: randomness of ddim, 0 to 1.
+        noise: x_T, or a function whose value at k = 0 is x_T and at k = 1, 2, ... the fresh noise of step k.
+        generator: for what `noise` does not give.   y: [B] int64 labels or None.   guidance: 1 follows the label, 0 ignores
+        it, more than 1 exaggerates it at twice the network calls.   clip_denoised: clip each predicted x_0 to [-1, 1].
+        Returns [B, 3, S, S] float32; within [-1, 1] where clip_denoised. Raises ValueError for an option that cannot be.
+        """
+        options = (sampler, steps, eta, noise, generator, y, guidance, clip_denoised, progress)
+        for x, _ in self.trajectory(model, shape, *options):  # noqa: B007 (the last one is the result)
+            pass
+        return x
+
+
+@contextmanager
+def eval_mode(model: Model) -> Iterator[None]:
+    """Dropout off inside, and each module back in the mode that it was found in. Plain functions pass through."""
+    modules = [module for module in model.modules() if module.training] if isinstance(model, nn.Module) else []
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.training = True
+
+
+def test_diffusion() -> None:
+    """Self-test of the tables, the posterior and the samplers, seconds on a CPU. Raises AssertionError."""
+    torch.manual_seed(0)
+    for schedule in SCHEDULES:
+        for time_steps in (10, 250, 1000):
+            abar = GaussianDiffusion(time_steps, schedule).alphas_cumprod
+            assert (abar.diff() < 0).all() and abar[-1] < 1e-3, f"{schedule}, T = {time_steps}: abar ends at {abar[-1]:.1e}"
+    print("linear and cosine, T = 10, 250, 1000: abar falls to nearly 0")
+
+    x_0, noise, t = torch.rand(8, 3, 4, 4) * 2 - 1, torch.randn(8, 3, 4, 4), torch.arange(0, 1000, 125)
+    for prediction in PREDICTIONS:
+        diffusion = GaussianDiffusion(prediction=prediction)
+        x_t, target = diffusion.q_sample(x_0, t, noise), diffusion.target(x_0, t, noise)
+        torch.testing.assert_close(diffusion.to_x_0(target, x_t, t), x_0, atol=2e-3, rtol=0)
+        losses = diffusion.training_losses(lambda x, t, y, target=target: target, x_0, t, noise)
+        assert losses.shape == (8,) and losses.max() < 1e-10
+    print("eps, v, x0: a perfect predictor has loss 0 and gives back x_0")
+
+    diffusion, mean, std = GaussianDiffusion(), 0.3, 0.2
+
+    def denoiser(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        """E[eps | x_t] for data from N(mean, std^2), in closed form."""
+        signal, sigma = at(diffusion.signal, t), at(diffusion.sigma, t)
+        return sigma * (x - signal * mean) / (signal**2 * std**2 + sigma**2)
+
+    for sampler, steps in (("ddpm", 1000), ("ddim", 200), ("dpm++", 50)):
+        x = diffusion.sample(denoiser, (64, 3, 8, 8), sampler=sampler, steps=steps, clip_denoised=False)
+        assert abs(x.mean() - mean) < 0.02 and abs(x.std() - std) < 0.02, f"{sampler}: {x.mean():.3f} +- {x.std():.3f}"
+        print(f"{sampler}, {steps} steps: data from N({mean}, {std}^2) come out as {x.mean():.3f} +- {x.std():.3f}")

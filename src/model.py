@@ -1,0 +1,251 @@
+"""The U-Net that looks at a noisy image x_t and its step t and predicts the noise (or v, or x_0).
+
+The shape is that of Ho et al. 2020 (arXiv:2006.11239, app. B) with the changes of Nichol & Dhariwal 2021
+(arXiv:2102.09672): the step enters by scale and shift after the second norm, attention has several heads.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+def norm_groups(dim: int) -> int:
+    """Groups of every GroupNorm in a network of base width `dim`: 32, or 8 below 128 channels, where 32 groups
+    would be one or two channels each."""
+    return 32 if dim >= 128 else 8
+
+
+def sinusoid(t: Tensor, dim: int) -> Tensor:
+    """Embed the step as in Vaswani et al. 2017, sec. 3.5. t: [B] int64. Returns [B, dim] float32 in [-1, 1]."""
+    half = dim // 2
+    frequencies = torch.exp(-math.log(10_000) / half * torch.arange(half, device=t.device))
+    angles = t[:, None].float() * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def zeroed(layer: nn.Module) -> nn.Module:
+    """A last layer that starts at zero: its block starts as the identity, the whole network as the zero map."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm that stays in the precision of its input. Autocast would lift it, and what it keeps for the
+    backward pass, to float32: twice the memory, for nothing, since the kernels sum in float32 all the same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class ResBlock(nn.Module):
+    """Two convolutions around a residual; the step (and class) embedding scales and shifts between them."""
+
+    def __init__(self, dim_in: int, dim_out: int, emb_dim: int, groups: int, dropout: float):
+        super().__init__()
+        self.norm_1 = GroupNorm(groups, dim_in)
+        self.conv_1 = nn.Conv2d(dim_in, dim_out, 3, padding=1)
+        self.scale_shift = nn.Linear(emb_dim, 2 * dim_out)
+        self.norm_2 = GroupNorm(groups, dim_out)
+        self.dropout = nn.Dropout(dropout)
+        self.conv_2 = zeroed(nn.Conv2d(dim_out, dim_out, 3, padding=1))
+        self.skip = nn.Conv2d(dim_in, dim_out, 1) if dim_in != dim_out else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """x: [B, dim_in, S, S].   emb: [B, emb_dim], after its SiLU.   Returns [B, dim_out, S, S]."""
+        h = self.conv_1(F.silu(self.norm_1(x)))
+        scale, shift = self.scale_shift(emb)[:, :, None, None].chunk(2, dim=1)
+        h = F.silu(self.norm_2(h) * (1 + scale) + shift)
+        return self.skip(x) + self.conv_2(self.dropout(h))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all pixels, as a residual. Heads of 64 channels, or wider where 64 does not divide."""
+
+    def __init__(self, dim: int, groups: int):
+        super().__init__()
+        self.heads = next(heads for heads in range(max(1, dim // 64), 0, -1) if dim % heads == 0)
+        self.norm = GroupNorm(groups, dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = zeroed(nn.Linear(dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, dim, S, S].   Returns the same shape."""
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # [B, S^2, dim]: no copy where x is channels_last
+        q, k, v = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, S^2, dim / heads]
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return x + self.out(h).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class Stage(nn.Module):
+    """A residual block, with self-attention behind it where the level has any."""
+
+    def __init__(self, dim_in: int, dim_out: int, emb_dim: int, groups: int, dropout: float, attention: bool):
+        super().__init__()
+        self.block = ResBlock(dim_in, dim_out, emb_dim, groups, dropout)
+        self.attention = Attention(dim_out, groups) if attention else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return self.attention(self.block(x, emb))
+
+
+class Downsample(nn.Conv2d):
+    """Halve the resolution with a strided 3x3 convolution."""
+
+    def __init__(self, dim: int):
+        super().__init__(dim, dim, 3, stride=2, padding=1)
+
+
+class Upsample(nn.Conv2d):
+    """Double the resolution: each pixel becomes four, then a 3x3 convolution."""
+
+    def __init__(self, dim: int):
+        super().__init__(dim, dim, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class UNet(nn.Module):
+    """UNet(...)(x, t, y) -> the prediction for x_t, shaped like x.
+
+    image_size: pixels per side, divisible by 2^(levels - 1).   dim: channels at that size.
+    dim_mults: channels of each level in units of dim.   num_res_blocks: per level down, one more up.
+    attention_resolutions: pixels per side at which attention follows each block; the middle always has it.
+    num_classes: 0 for a network without labels.
+    activation_checkpointing: keep only each block's input for the backward pass and compute the rest again.
+    """
+
+    down: Any  # nn.ModuleLists, whose items a type checker cannot know
+    middle: Any
+    up: Any
+
+    def __init__(
+        self,
+        image_size: int = 64,
+        dim: int = 128,
+        dim_mults: Sequence[int] = (1, 2, 3, 4),
+        num_res_blocks: int = 2,
+        attention_resolutions: Sequence[int] = (16, 8),
+        dropout: float = 0.0,
+        num_classes: int = 0,
+        activation_checkpointing: bool = False,
+    ):
+        super().__init__()
+        groups = norm_groups(dim)
+        if dim % groups:
+            raise ValueError(f"dim is {dim}; the norm's {groups} groups need a multiple of {groups}")
+        if image_size % 2 ** (len(dim_mults) - 1):
+            raise ValueError(f"image_size {image_size} cannot be halved {len(dim_mults) - 1} times")
+        self.dim, self.num_classes, self.activation_checkpointing = dim, num_classes, activation_checkpointing
+        emb_dim = 4 * dim
+        self.time_mlp = nn.Sequential(nn.Linear(dim, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+        # One row more than classes: the last stands for "no label", in guidance-free training and sampling.
+        self.class_embedding = nn.Embedding(num_classes + 1, emb_dim) if num_classes else None
+
+        def stage(dim_in: int, dim_out: int, size: int) -> Stage:
+            return Stage(dim_in, dim_out, emb_dim, groups, dropout, attention=size in attention_resolutions)
+
+        dims = [dim * mult for mult in dim_mults]
+        sizes = [image_size >> level for level in range(len(dims))]
+        self.stem = nn.Conv2d(3, dim, 3, padding=1)
+        skip_dims, h_dim = [dim], dim  # what each skip connection carries, and what flows on
+        self.down = nn.ModuleList()
+        for level_dim, size in zip(dims, sizes):
+            stages = nn.ModuleList()
+            for _ in range(num_res_blocks):
+                stages.append(stage(h_dim, level_dim, size))
+                skip_dims.append(h_dim := level_dim)
+            is_last = size == sizes[-1]
+            self.down.append(nn.ModuleDict({"stages": stages} | ({} if is_last else {"shrink": Downsample(h_dim)})))
+            if not is_last:
+                skip_dims.append(h_dim)
+        self.middle = nn.ModuleList(
+            [
+                Stage(h_dim, h_dim, emb_dim, groups, dropout, attention=True),
+                Stage(h_dim, h_dim, emb_dim, groups, dropout, attention=False),
+            ]
+        )
+        self.up = nn.ModuleList()
+        for level_dim, size in zip(reversed(dims), reversed(sizes)):
+            stages = nn.ModuleList()
+            for _ in range(num_res_blocks + 1):
+                stages.append(stage(h_dim + skip_dims.pop(), level_dim, size))
+                h_dim = level_dim
+            self.up.append(nn.ModuleDict({"stages": stages} | ({} if size == image_size else {"grow": Upsample(h_dim)})))
+        self.head = nn.Sequential(GroupNorm(groups, dim), nn.SiLU(), zeroed(nn.Conv2d(dim, 3, 3, padding=1)))
+
+    def run(self, stage: Stage, h: Tensor, emb: Tensor) -> Tensor:
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(stage, h, emb, use_reentrant=False)
+        return stage(h, emb)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """x: [B, 3, S, S] float, x_t in units where pixels lie in [-1, 1].   t: [B] int64 in [0, T).
+        y: [B] int64 class labels, -1 where there is none, or None for no labels at all.
+        Returns [B, 3, S, S] float32.
+        """
+        emb = self.time_mlp(sinusoid(t, self.dim))  # [B, 4 dim]
+        if self.class_embedding is not None:
+            y = torch.full_like(t, -1) if y is None else y
+            emb = emb + self.class_embedding(torch.where(y < 0, self.num_classes, y))
+        emb = F.silu(emb)
+
+        h = self.stem(x)  # [B, dim, S, S]
+        skips = [h]
+        for level in self.down:
+            for stage in level["stages"]:
+                h = self.run(stage, h, emb)
+                skips.append(h)
+            if "shrink" in level:
+                h = level["shrink"](h)
+                skips.append(h)
+        for stage in self.middle:  # [B, dim * dim_mults[-1], S / 8, S / 8] with four levels
+            h = self.run(stage, h, emb)
+        for level in self.up:
+            for stage in level["stages"]:
+                h = self.run(stage, torch.cat([h, skips.pop()], dim=1), emb)
+            if "grow" in level:
+                h = level["grow"](h)
+        assert not skips, f"{len(skips)} skip connections were never used"
+        return self.head(h).float()  # [B, 3, S, S]
+
+
+def parameter_count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_model() -> None:
+    """Self-test of the default U-Net and its relatives, seconds on a CPU. Raises AssertionError where a law is broken."""
+    torch.manual_seed(0)
+    with torch.device("meta"):  # shapes and counts alone, no memory
+        count = parameter_count(UNet())
+    assert 85e6 < count < 95e6, f"the default U-Net has {count:,} parameters, not about 90M"
+    print(f"default U-Net: {count:,} parameters")
+    for size in (32, 64, 128, 256):
+        model = UNet(size, dim=16, dim_mults=(1, 1, 2, 2), num_res_blocks=1, attention_resolutions=(16, 8))
+        x, t = torch.randn(2, 3, size, size), torch.tensor([0, 999])
+        assert model(x, t).shape == x.shape
+        assert model(x, t).abs().max() == 0, "the last convolution starts at zero, and so must the prediction"
+    print("sizes 32, 64, 128, 256: the prediction has the shape of the image and starts at zero")
+    model = UNet(32, dim=16, dim_mults=(1, 2), num_res_blocks=1, attention_resolutions=(16,), num_classes=10)
+    x, t, y = torch.randn(4, 3, 32, 32), torch.randint(1000, (4,)), torch.tensor([0, 3, 9, -1])
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(60):
+        loss = (model(x, t, y) - x).square().mean()  # easy to learn: the identity
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0], f"60 steps on one batch went from {losses[0]:.3f} to {losses[-1]:.3f} only"
+    print(f"60 steps on one batch: loss {losses[0]:.3f} -> {losses[-1]:.3f}")
+    missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert not missing, f"no gradient reaches {missing}"
+    print("every parameter receives a gradient")
