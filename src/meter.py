@@ -1,0 +1,41 @@
+"""Means of what training does, gathered on the device."""
+
+import torch
+from torch import Tensor
+
+QUARTERS = ("1_least_noise", "2", "3", "4_most_noise")  # of [0, T)
+
+
+class Meter:
+    """Sums of the loss, by quarter of t, and of the gradient norm, kept on the device: nothing waits until `read`."""
+
+    def __init__(self, time_steps: int, device: torch.device):
+        self.time_steps = time_steps
+        self.sums = torch.zeros(2, 4, device=device)  # loss, images
+        self.norms = torch.zeros(2, device=device)  # gradient norm, steps
+
+    def add(self, losses: Tensor, t: Tensor) -> None:
+        """losses: [B] float32.   t: [B] int64."""
+        quarter = t * 4 // self.time_steps
+        self.sums.index_add_(1, quarter, torch.stack([losses.detach(), torch.ones_like(losses)]))
+
+    def add_norm(self, norm: Tensor) -> None:
+        self.norms += torch.stack([norm, torch.ones_like(norm)])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """So that the first point after a resume is the mean that the uninterrupted run would have shown."""
+        return {"sums": self.sums, "norms": self.norms}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.sums.copy_(state["sums"])
+        self.norms.copy_(state["norms"])
+
+    def read(self) -> dict[str, float]:
+        """The means since the last read, by TensorBoard tag; waits for the device. A quarter that saw no image is left out."""
+        losses, images = self.sums.tolist()
+        norm, steps = self.norms.tolist()
+        self.sums.zero_()
+        self.norms.zero_()
+        means = {"loss/train": sum(losses) / sum(images), "optimizer/gradient_norm": norm / steps}
+        by_quarter = {f"loss_by_t/{q}": loss / n for q, loss, n in zip(QUARTERS, losses, images) if n}
+        return means | by_quarter

@@ -1,0 +1,269 @@
+"""Train a diffusion model: `python train.py`. Every constant of config.py is a flag; `--help` lists them.
+
+The same command goes on where the last run stopped.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import config
+from src import noise
+from src.batches import TrainBatches, validation_batches
+from src.build import build_diffusion, build_model, build_optimizer
+from src.checkpoint import check_resume, find_latest, keep_previous, remove_parts, restore, save_checkpoint
+from src.dataset import DATASETS, obtain_tiny_imagenet, prepare
+from src.device import InPrecision, describe, memory_advice, pick_device, pick_precision, place, should_compile
+from src.diffusion import GaussianDiffusion
+from src.ema import EMA
+from src.guard import FiniteGuard
+from src.images import DeviceImages, Images
+from src.interrupt import StopRequest
+from src.lock import FolderLock, make_folder
+from src.meter import Meter
+from src.model import UNet, parameter_count
+from src.monitor import Monitor
+from src.pictures import draw, grid, save_png, to_uint8
+from src.settings import Run, Settings, as_text, changed_from_defaults, resolve
+from src.utils import UserError
+
+
+@dataclass
+class Training:
+    """What a run is made of. Only `step` and `best_loss` change hands here; everything else changes inside."""
+
+    settings: Settings
+    device: torch.device
+    dtype: torch.dtype
+    images: Images
+    batches: TrainBatches
+    held_out: DeviceImages
+    model: UNet
+    ema: EMA
+    diffusion: GaussianDiffusion
+    optimizer: torch.optim.Adam
+    scaler: torch.amp.GradScaler
+    meter: Meter
+    step: int = 0  # optimizer steps done
+    best_loss: float = math.inf  # lowest held-out loss so far
+
+    @property
+    def epoch(self) -> int:
+        """Epochs done."""
+        return self.step // self.batches.steps_per_epoch
+
+    def save(self, name: str) -> None:
+        folder = Path(self.settings.CHECKPOINT_PATH)
+        if name == "latest":
+            keep_previous(folder / "latest.pth")
+        save_checkpoint(
+            folder / f"{name}.pth",
+            **{part: getattr(self, part) for part in ("model", "ema", "optimizer", "scaler", "meter", "settings")},
+            step=self.step,
+            epoch=self.epoch,
+            best_loss=self.best_loss,
+            classes=self.images.classes,
+            class_ids=self.images.class_ids,
+        )
+
+
+def set_up(run: Run) -> Training:
+    """Everything that a run needs, as the last one left it if there was one."""
+    s = run.settings
+    device = pick_device(s.DEVICE)
+    dtype = pick_precision(s.PRECISION, device)
+    folder = Path(s.CHECKPOINT_PATH)
+    make_folder(Path(s.OUTPUT_PATH), "--output_path")
+    make_folder(Path(s.LOG_PATH), "--log_path")
+    remove_parts(folder)
+    saved = find_latest(folder)
+    if saved:
+        check_resume(saved["config"], s, run.accept_changes)
+
+    if s.DATASET == "tiny-imagenet":
+        obtain_tiny_imagenet(s.DATA_PATH, s.DATA_URL, s.DATA_SIZE, s.DATA_MD5)
+    images, held_out = (
+        prepare(s.DATASET, s.DATA_PATH, split, s.IMAGE_SIZE, s.CACHE_PATH, s.NUM_WORKERS) for split in ("train", "val")
+    )
+    model = build_model(s, len(images.classes)).train()
+    place(model, device)
+    training = Training(
+        settings=s,
+        device=device,
+        dtype=dtype,
+        images=images,
+        batches=TrainBatches(images.to(device), s),
+        held_out=held_out.to(device),
+        model=model,
+        ema=EMA(model, s.EMA_DECAY),
+        diffusion=build_diffusion(s).to(device),
+        optimizer=build_optimizer(s, model),
+        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+        meter=Meter(s.TIME_STEPS, device),
+    )
+    if saved:
+        if saved["classes"] != images.classes:
+            raise UserError(
+                f"{folder}/latest.pth was trained on other classes than the data have. "
+                f"Start anew with another --checkpoint_path."
+            )
+        restore(saved, model, training.ema, training.optimizer, training.scaler, training.meter)
+        training.step, training.best_loss = saved["step"], saved["best_loss"]
+    return training
+
+
+def train(run: Run, stop: StopRequest) -> None:
+    """The training loop, from the last save to the end or to a request to stop."""
+    tr = set_up(run)
+    s, device, batches = tr.settings, tr.device, tr.batches
+    last_step = min(s.EPOCHS * batches.steps_per_epoch, run.max_steps or math.inf)
+    print_plan(run, tr, last_step)
+    network: Callable = InPrecision(tr.model, device, tr.dtype)
+    if should_compile(s.COMPILE, device):
+        network = torch.compile(network)
+    guard = FiniteGuard(device)
+    saved_at = time.monotonic()
+    with Monitor(Path(s.LOG_PATH), tr.step, last_step, batches.images_per_step, device) as monitor:
+        monitor.text(tr.step, "settings", s._asdict())
+        while tr.step < last_step and not stop.signal:
+            learning_rate = s.LEARNING_RATE * min(1.0, (tr.step + 1) / max(1, s.WARMUP_STEPS))
+            tr.optimizer.param_groups[0]["lr"] = learning_rate
+            if s.DROPOUT:
+                torch.manual_seed(noise.integer_seed(s.SEED, noise.DROPOUT, tr.step))
+
+            # The update: GRAD_ACCUM_STEPS passes, one optimizer step.
+            loss = torch.zeros((), device=device)
+            for micro in range(s.GRAD_ACCUM_STEPS):
+                x_0, t, eps, y = batches(tr.step, micro)  # x_0, eps: [B, 3, S, S]; t, y: [B]
+                losses = tr.diffusion.training_losses(network, x_0, t, eps, y)  # [B], Eq. (14)
+                share = losses.mean() / s.GRAD_ACCUM_STEPS
+                tr.scaler.scale(share).backward()
+                loss += share.detach()
+                tr.meter.add(losses, t)
+            tr.scaler.unscale_(tr.optimizer)
+            norm = nn.utils.clip_grad_norm_(tr.model.parameters(), s.GRAD_CLIP or math.inf)
+            tr.meter.add_norm(norm)
+            if not tr.scaler.is_enabled():  # fp16 has its own way: skip the step and lower the scale
+                tr.optimizer.found_inf = guard.note(tr.step + 1, loss, norm)  # type: ignore[attr-defined]  # 1: Adam skips
+            tr.scaler.step(tr.optimizer)
+            tr.scaler.update()
+            tr.optimizer.zero_grad(set_to_none=True)
+            tr.ema.update(tr.model, tr.step)
+            tr.step += 1
+            monitor.bar.update()
+
+            # What happens every so often. Only here does the loop wait for the device.
+            ends_epoch = tr.step % batches.steps_per_epoch == 0
+            is_last = tr.step == last_step
+            must_save = ends_epoch or is_last or stop.signal or 0 < s.SAVE_MINUTES * 60 < time.monotonic() - saved_at
+            if must_save or tr.step % s.LOG_EVERY == 0 or device.type == "cpu":  # on a CPU there is nothing to wait for
+                guard.check(s, learning_rate)
+            if tr.step % s.LOG_EVERY == 0:
+                monitor.log(tr.step, tr.meter.read() | {"optimizer/learning_rate": learning_rate})
+            if ends_epoch:
+                end_epoch(tr, monitor, is_last)
+            if must_save:
+                monitor.flush()  # else a kill would lose points that the resumed run does not draw again
+                tr.save("latest")  # last: what came before is done again by a run that was killed meanwhile
+                saved_at = time.monotonic()
+                monitor.restart_clock(tr.step)
+    say_goodbye(tr, last_step)
+
+
+def end_epoch(tr: Training, monitor: Monitor, is_last: bool) -> None:
+    """Held-out loss and best.pth; now and then a preview grid and a checkpoint to keep."""
+    s, epoch = tr.settings, tr.epoch
+    ema_network = InPrecision(tr.ema.model, tr.device, tr.dtype)
+    held_out_loss = validate(tr, ema_network)
+    monitor.scalars(tr.step, {"loss/held_out": held_out_loss, "progress/epoch": epoch})
+    monitor.say(f"epoch {epoch}, step {tr.step:,}: held-out loss {held_out_loss:.5f}")
+    if epoch % s.SAMPLE_EVERY == 0 or is_last:
+        picture = preview(tr, ema_network)
+        save_png(picture, Path(s.OUTPUT_PATH) / "samples" / f"epoch_{epoch:03}.png")
+        monitor.picture(tr.step, "samples/ema", picture)
+        monitor.picture(tr.step, "samples/raw", preview(tr, InPrecision(tr.model, tr.device, tr.dtype)))
+    if held_out_loss < tr.best_loss:
+        tr.best_loss = held_out_loss
+        tr.save("best")
+    if epoch % s.SAVE_EVERY == 0 or is_last:
+        tr.save(f"epoch_{epoch:03}")
+
+
+def validate(tr: Training, network: nn.Module) -> float:
+    """Mean squared error of the predicted noise on held-out images, at fixed t and noise; comparable between runs."""
+    losses = [tr.diffusion.eps_losses(network, *batch) for batch in validation_batches(tr.held_out, tr.settings)]
+    return torch.cat(losses).mean().item()
+
+
+def preview(tr: Training, network: nn.Module) -> Tensor:
+    """A grid of NUM_SAMPLES pictures from always the same noise: those that `sample.py --seed SEED` draws. [3, H, W] uint8."""
+    s, pictures = tr.settings, []
+    for places in torch.arange(s.NUM_SAMPLES).split(s.BATCH_SIZE):
+        y = places.to(tr.device) % len(tr.images.classes) if s.CLASS_CONDITIONAL else None
+        options = dict(sampler="dpm++", steps=min(s.PREVIEW_STEPS, s.TIME_STEPS), y=y)
+        pictures.append(to_uint8(draw(tr.diffusion, network, s.SEED, places.tolist(), s.IMAGE_SIZE, **options)))
+    return grid(torch.cat(pictures))
+
+
+def print_plan(run: Run, tr: Training, last_step: int) -> None:
+    """What will happen, before it does."""
+    s = run.settings
+    changed = [f"{name} {as_text(new)}" for name, _, new in changed_from_defaults(s, config)]
+    preset = f" (preset {run.preset})" if run.preset else ""
+    done = f"going on after step {tr.step:,}" if tr.step else "starting anew"
+    held_out = min(s.VAL_IMAGES, len(tr.held_out))
+    per_epoch = f"{tr.batches.steps_per_epoch:,} an epoch, {tr.batches.images_per_step} images each"
+    for title, text in {
+        "settings": (", ".join(changed) or "all defaults") + preset,
+        "device": f"{describe(tr.device)}, {as_text(tr.dtype).removeprefix('torch.')}",
+        "network": f"{parameter_count(tr.model):,} parameters",
+        "images": f"{len(tr.images):,} for training, {held_out:,} held out, {s.IMAGE_SIZE}x{s.IMAGE_SIZE}",
+        "steps": f"{last_step:,} in all ({per_epoch}), {done}",
+        "saves to": Path(s.CHECKPOINT_PATH).resolve(),
+        "grids in": Path(s.OUTPUT_PATH).resolve() / "samples",
+        "logs in": Path(s.LOG_PATH).resolve(),
+    }.items():
+        print(f"{title:<9} {text}", flush=True)
+
+
+def say_goodbye(tr: Training, last_step: int) -> None:
+    """Where the run stands, and the next command to type."""
+    folder = Path(tr.settings.CHECKPOINT_PATH)
+    if tr.step < last_step:
+        print(
+            f"Stopped after step {tr.step:,} of {last_step:,}; {folder / 'latest.pth'} is saved. "
+            f"The same command goes on from there."
+        )
+        return
+    best = next(name for name in ("best.pth", "latest.pth") if (folder / name).exists())
+    print(f"Done: step {tr.step:,}. Draw pictures with: python sample.py --checkpoint {folder / best}")
+
+
+def main() -> int:
+    run = None
+    try:
+        run = resolve(config, sys.argv[1:], DATASETS)
+        with FolderLock(Path(run.settings.CHECKPOINT_PATH), "--checkpoint_path"), StopRequest() as stop:
+            train(run, stop)
+        return stop.exit_code
+    except UserError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return error.exit_code
+    except RuntimeError as error:
+        if not (run and (advice := memory_advice(error, run.settings))):
+            raise
+        print(f"train.py: {advice}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("train.py: interrupted at once; the last save stands.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
