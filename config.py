@@ -19,7 +19,7 @@ HORIZONTAL_FLIP = True  # mirror half of the training images at random (DDPM, ap
 
 # --- network ----------------------------------------------------------------------------------------
 UNET_DIM = 128  # channels at full resolution (DDPM, app. B); a multiple of 8, and of 32 from 128 on
-DIM_MULTS = (1, 2, 3, 4)  # channels per level in units of UNET_DIM; each level after the first halves the resolution (iDDPM, 64x64)
+DIM_MULTS = (1, 2, 3, 4)  # channels per level in units of UNET_DIM; each level halves the resolution (iDDPM, 64x64)
 NUM_RES_BLOCKS = 2  # residual blocks per level on the way down, one more on the way up (DDPM, app. B)
 ATTENTION_RESOLUTIONS = (
     16,
@@ -67,8 +67,8 @@ PRESETS = {
     # Shapes drawn by code, on two CPU cores in minutes: no download, no GPU.
     "demo": dict(
         DATASET="shapes", IMAGE_SIZE=32, UNET_DIM=32, DIM_MULTS=(1, 2, 4), NUM_RES_BLOCKS=1, ATTENTION_RESOLUTIONS=(8,),
-        CLASS_CONDITIONAL=True, BETA_SCHEDULE="cosine", PREDICTION="v", BATCH_SIZE=32, LEARNING_RATE=1e-3, WARMUP_STEPS=100,
-        EPOCHS=4, EMA_DECAY=0.995, VAL_IMAGES=500, SAMPLE_EVERY=1, SAVE_EVERY=2, LOG_EVERY=20,
+        CLASS_CONDITIONAL=True, BETA_SCHEDULE="cosine", PREDICTION="v", BATCH_SIZE=16, LEARNING_RATE=1e-3, WARMUP_STEPS=100,
+        EPOCHS=3, EMA_DECAY=0.995, VAL_IMAGES=500, NUM_SAMPLES=40, SAMPLE_EVERY=1, SAVE_EVERY=3, LOG_EVERY=20,
         CHECKPOINT_PATH="./checkpoints/demo", OUTPUT_PATH="./outputs/demo", LOG_PATH="./logs/tensorboard/demo",
     ),
     # One large GPU.

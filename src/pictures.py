@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from src import noise
 from src.diffusion import GaussianDiffusion, Model
@@ -53,8 +53,11 @@ def to_uint8(x: Tensor) -> Tensor:
 
 def grid(pictures: Tensor, columns: int | None = None) -> Tensor:
     """[B, 3, S, S] uint8 to one picture [3, H, W], near a square, two dark pixels between."""
-    columns = columns or math.ceil(math.sqrt(len(pictures)))
-    return make_grid(pictures, nrow=columns, padding=2, pad_value=32)
+    columns = min(columns or math.ceil(math.sqrt(len(pictures))), len(pictures))
+    rows = -(-len(pictures) // columns)
+    places = F.pad(pictures, (2, 0, 2, 0, 0, 0, 0, rows * columns - len(pictures)), value=32)  # empty ones at the end
+    sheet = places.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)  # [3, rows x H, columns x W]
+    return F.pad(sheet, (0, 2, 0, 2), value=32)
 
 
 def to_image(picture: Tensor) -> Image.Image:

@@ -14,6 +14,7 @@ and needs nothing else. The numbers abar are Python floats from float64 tables: 
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
@@ -49,14 +50,19 @@ def posterior(abar_t, abar_s):
     )
 
 
-def ddpm(x_t: Tensor, steps: Path, predict_x_0: Denoiser, noise: Noise, eta: float = 0.0) -> Trajectory:
-    """Ancestral sampling with variance beta_tilde (Ho et al. 2020, Alg. 2, by way of x_0). On fewer than T steps
-    this is the respaced chain of Nichol & Dhariwal 2021 (arXiv:2102.09672, sec. 4)."""
+def ddpm(
+    x_t: Tensor, steps: Path, predict_x_0: Denoiser, noise: Noise, eta: float = 0.0, variance: str = "beta_tilde"
+) -> Trajectory:
+    """Ancestral sampling (Ho et al. 2020, Alg. 2, by way of x_0). On fewer than T steps this is the respaced chain of
+    Nichol & Dhariwal 2021 (arXiv:2102.09672, sec. 4). variance: of the fresh noise, "beta_tilde", right for data that
+    are a single image, or "beta", right for data that are normal noise themselves (sec. 3.2)."""
     for k, step in enumerate(steps, start=1):
         x_0 = predict_x_0(x_t, step.t)
         w_0, w_t, var = posterior(step.abar_t, step.abar_s)
         x_t = w_0 * x_0 + w_t * x_t  # Eq. (7)
-        if not step.is_last:  # there var = 0
+        if variance == "beta":
+            var = 1 - step.abar_t / step.abar_s
+        if not step.is_last:  # the last step adds no noise
             x_t = x_t + var**0.5 * noise(k)
         yield x_t, x_0
 
@@ -94,4 +100,9 @@ def dpm_solver_pp(x_t: Tensor, steps: Path, predict_x_0: Denoiser, noise: Noise,
         yield x_t, x_0
 
 
-SAMPLERS: dict[str, Callable[..., Trajectory]] = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpm_solver_pp}
+SAMPLERS: dict[str, Callable[..., Trajectory]] = {
+    "ddpm": ddpm,
+    "ddpm-beta": partial(ddpm, variance="beta"),
+    "ddim": ddim,
+    "dpm++": dpm_solver_pp,
+}

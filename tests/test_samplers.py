@@ -1,0 +1,538 @@
+"""From noise to pictures: every sampler against laws that are known in closed form, and against diffusers step by step."""
+
+import math
+from itertools import pairwise
+
+import diffusers
+import pytest
+import torch
+from torch import nn
+
+from src.diffusion import SCHEDULES, GaussianDiffusion, at
+from src.samplers import SAMPLERS, ddim, ddpm, dpm_solver_pp, posterior
+
+DETERMINISTIC = ("ddim", "dpm++")
+
+
+class Gaussian:
+    """Data from N(mean, std^2), every pixel for itself, and the best network there can be for them."""
+
+    def __init__(self, mean, std):
+        self.mean, self.std = mean, std
+
+    def moments(self, abar):
+        """Mean and variance of x_t."""
+        return abar**0.5 * self.mean, abar * self.std**2 + 1 - abar
+
+    def x_0(self, x, abar):
+        """E[x_0 | x_t]: the regression line."""
+        mean, variance = self.moments(abar)
+        return self.mean + abar**0.5 * self.std**2 / variance * (x - mean)
+
+    def exact(self, x, abar_t, abar_s):
+        """Where the probability-flow ODE carries x from t to s: to the same quantile."""
+        (mean_t, var_t), (mean_s, var_s) = self.moments(abar_t), self.moments(abar_s)
+        return mean_s + (var_s / var_t) ** 0.5 * (x - mean_t)
+
+
+class Mixture:
+    """Data from one of several narrow Gaussians, and the best network there can be for them."""
+
+    def __init__(self, weights, means, std):
+        self.weights, self.parts = torch.tensor(weights), [Gaussian(mean, std) for mean in means]
+
+    def x_0(self, x, abar):
+        scores, guesses = [], []
+        for weight, part in zip(self.weights, self.parts):
+            mean, variance = part.moments(abar)
+            scores.append(weight.log() - (x - mean) ** 2 / (2 * variance))
+            guesses.append(part.x_0(x, abar))
+        return (torch.stack(scores).softmax(0) * torch.stack(guesses)).sum(0)
+
+
+def network(diffusion, data):
+    """The best network for `data`, in the language of `diffusion.prediction`."""
+
+    def model(x, t, y=None):
+        abar = at(diffusion.alphas_cumprod, t).to(x.dtype)
+        x_0 = data.x_0(x, abar)
+        eps = (x - abar.sqrt() * x_0) / (1 - abar).sqrt()
+        return {"x0": x_0, "eps": eps, "v": abar.sqrt() * eps - (1 - abar).sqrt() * x_0}[diffusion.prediction]
+
+    return model
+
+
+def wavy(x, t, y=None):
+    """Some smooth function of the image and the step: no diffusion knows it, every sampler must follow it."""
+    return 0.5 * torch.sin(3 * x + t[:, None, None, None] / 100) + 0.3 * x
+
+
+class Wavy:
+    """Data of no known law, and a network that is as crooked as one may be: every sampler must follow it all the same."""
+
+    def x_0(self, x, abar):
+        return 0.9 * torch.sin(2 * x + 6 * abar)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def noises(shape, count, seed=0):
+    """noise(k), the same each time it is asked."""
+    table = torch.randn(count, *shape, generator=generator(seed))
+    return lambda k: table[k]
+
+
+SHAPE = (2, 3, 4, 4)
+
+# --- the path ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("time_steps", [10, 97])
+def test_a_path_of_any_length_runs_down_from_the_last_step_to_the_clean_image(time_steps):
+    diffusion = GaussianDiffusion(time_steps)
+    for steps in range(1, time_steps + 1):
+        path = diffusion.path(steps)
+        times = [step.t for step in path]
+        assert len(path) == steps and times[0] == time_steps - 1 and times[-1] >= 0
+        assert all(t > s for t, s in pairwise(times))
+        assert [step.abar_t for step in path] == diffusion.alphas_cumprod[times].tolist()
+        assert [step.abar_s for step in path] == [*diffusion.alphas_cumprod[times[1:]].tolist(), 1.0]
+        assert [step.is_last for step in path] == [False] * (steps - 1) + [True]
+
+
+def test_as_many_steps_as_there_are_is_every_step():
+    diffusion = GaussianDiffusion(97)
+    assert [step.t for step in diffusion.path(97)] == list(range(96, -1, -1))
+    assert diffusion.path() == diffusion.path(97)
+
+
+def test_steps_are_evenly_spaced_to_within_rounding():
+    for steps in (3, 7, 20, 400, 999):
+        times = [step.t + 1 for step in GaussianDiffusion(1000).path(steps)]
+        assert all(abs(t - 1000 * (1 - i / steps)) <= 0.5 for i, t in enumerate(times))
+
+
+@pytest.mark.parametrize("steps", [0, -1, 101])
+def test_a_path_cannot_have_no_steps_or_more_than_there_are(steps):
+    with pytest.raises(ValueError, match=f"steps is {steps}, expected a number from 1 to 100"):
+        GaussianDiffusion(100).path(steps)
+
+
+def test_the_respaced_posterior_is_the_product_of_two_gaussians():
+    """Bayes, for a step over several t at once: alpha = abar_t / abar_s."""
+    abar_t, abar_s = 0.2, 0.7
+    alpha = abar_t / abar_s
+    precision = alpha / (1 - alpha) + 1 / (1 - abar_s)
+    expected = (abar_s**0.5 / (1 - abar_s) / precision, alpha**0.5 / (1 - alpha) / precision, 1 / precision)
+    assert posterior(abar_t, abar_s) == pytest.approx(expected)
+
+
+# --- the law that comes out -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_gaussian_data_come_out_with_their_mean_and_variance(sampler, prediction, schedule):
+    diffusion, data = GaussianDiffusion(1000, schedule, prediction), Gaussian(0.3, 0.2)
+    options = dict(sampler=sampler, steps=200 if sampler in DETERMINISTIC else 1000, clip_denoised=False, generator=generator())
+    x = diffusion.sample(network(diffusion, data), (100, 3, 8, 8), **options)
+    assert abs(x.mean() - 0.3) < 0.01 and abs(x.std() - 0.2) < 0.01
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])  # that of ddpm-beta changes sign on the way
+def test_the_error_of_the_variance_shrinks_as_steps_grow(sampler):
+    """For Gaussian data each step is affine: the variance follows from what the sampler makes of 0, of 1 and of noise."""
+    diffusion, data = GaussianDiffusion(1024, prediction="x0"), Gaussian(0.3, 0.2)
+
+    def run(x_T, steps, noise):
+        x = torch.full((1, 3, 1, 1), x_T, dtype=torch.float64)
+        denoise = lambda x, t: data.x_0(x, diffusion.alphas_cumprod[t].item())  # noqa: E731
+        return [x for x, _ in SAMPLERS[sampler](x, diffusion.path(steps), denoise, noise, 0.0)][-1].mean().item()
+
+    def moments(steps):
+        quiet = run(0.0, steps, lambda k: 0.0)
+        loud = [run(1.0, steps, lambda k: 0.0)] + [run(0.0, steps, lambda k, i=i: float(k == i)) for i in range(1, steps)]
+        return quiet, sum((x - quiet) ** 2 for x in loud)
+
+    errors = []
+    for steps in (4, 8, 16, 32, 64):
+        mean, variance = moments(steps)
+        assert abs(mean - 0.3) < 0.02
+        errors.append(abs(variance**0.5 - 0.2))
+    assert all(fine < 0.8 * coarse for coarse, fine in pairwise(errors)), errors
+    assert errors[-1] < {"ddim": 0.025, "dpm++": 0.01}.get(sampler, 0.04), errors
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_mixture_comes_out_with_its_weights_and_means_and_ever_closer(sampler):
+    diffusion, data = GaussianDiffusion(1000), Mixture((0.3, 0.7), (-0.6, 0.5), 0.1)
+    distances = []
+    target = torch.cat([-0.6 + 0.1 * quantiles(9_000), 0.5 + 0.1 * quantiles(21_000)]).sort().values
+    for steps in (5, 20, 100):
+        x = diffusion.sample(
+            network(diffusion, data), (100, 3, 10, 10), sampler=sampler, steps=steps, clip_denoised=False, generator=generator()
+        )
+        distances.append((x.flatten().sort().values - target).abs().mean().item())  # earth mover's
+    assert distances[2] < distances[1] < distances[0] and distances[2] < 0.02, distances
+    low = x < -0.05
+    assert abs(low.float().mean() - 0.3) < 0.02
+    assert abs(x[low].mean() + 0.6) < 0.02 and abs(x[~low].mean() - 0.5) < 0.02
+    assert abs(x[low].std() - 0.1) < 0.02 and abs(x[~low].std() - 0.1) < 0.02
+
+
+def quantiles(count):
+    """`count` numbers that lie as the normal distribution does, without chance."""
+    return torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count).float()
+
+
+@pytest.mark.parametrize("sampler, order", [("ddim", 1), ("dpm++", 2)])
+def test_order_of_convergence(sampler, order):
+    """Against the exact solution of the probability-flow ODE at t = T / 4, where paths of 16 to 256 steps all pass:
+    twice the steps, half the error for DDIM and a quarter of it for DPM-Solver++(2M)."""
+    time_steps, data = 1024, Gaussian(0.3, 0.5)
+    diffusion = GaussianDiffusion(time_steps, prediction="x0")
+    x_T = torch.linspace(-2, 2, 96).view(SHAPE)
+    errors = []
+    for steps in (16, 32, 64, 128):
+        options = dict(sampler=sampler, steps=steps, noise=x_T, clip_denoised=False)
+        states = [x for x, _ in diffusion.trajectory(network(diffusion, data), SHAPE, **options)]
+        reached = diffusion.path(steps)[steps * 3 // 4]
+        assert reached.t == time_steps // 4 - 1
+        exact = data.exact(x_T.double(), diffusion.alphas_cumprod[-1].item(), reached.abar_t)
+        errors.append((states[steps * 3 // 4 - 1] - exact).abs().max().item())
+    for coarse, fine in pairwise(errors):
+        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15), errors
+
+
+@pytest.mark.parametrize("steps", [1000, 37])
+def test_ddim_with_eta_1_is_ddpm(steps):
+    """Song et al. 2021, sec. 4.1: the same law of every step; with the same noise the same pictures."""
+    diffusion = GaussianDiffusion(1000)
+    noise = noises(SHAPE, steps + 1)
+    a, b = (diffusion.trajectory(wavy, SHAPE, sampler, steps, eta=1.0, noise=noise) for sampler in ("ddpm", "ddim"))
+    for (x_a, _), (x_b, _) in zip(a, b, strict=True):
+        torch.testing.assert_close(x_a, x_b, atol=1e-4, rtol=0)
+
+
+def test_one_step_of_dpm_solver_is_one_step_of_ddim():
+    """Lu et al. 2022, sec. 4.1: at first order the two are the same, and the first step is of first order."""
+    path = GaussianDiffusion(1000).path(10)[:1]
+    x = torch.randn(SHAPE, generator=generator())
+    (a, _), (b, _) = (next(sampler(x, path, lambda x, t: x.tanh(), None, 0.0)) for sampler in (ddim, dpm_solver_pp))
+    torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_single_step_is_the_predicted_clean_image(sampler):
+    diffusion = GaussianDiffusion(1000)
+    ((x, x_0),) = diffusion.trajectory(wavy, SHAPE, sampler, steps=1, generator=generator())
+    assert torch.equal(x, x_0)
+
+
+# --- the same steps as diffusers --------------------------------------------------------------------------
+
+THEIR_SCHEDULE = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
+THEIR_PREDICTION = {"eps": "epsilon", "v": "v_prediction"}
+
+
+def settings(prediction, schedule):
+    return dict(
+        num_train_timesteps=1000,
+        beta_schedule=THEIR_SCHEDULE[schedule],
+        prediction_type=THEIR_PREDICTION[prediction],
+        timestep_spacing="trailing",
+    )
+
+
+def assert_same_steps(scheduler, diffusion, sampler, steps, their_step=None, **options):
+    """Walk ours and theirs from the same noise with the same network; compare the image after each step.
+    their_step: the options of scheduler.step, given the fresh noise of the step."""
+    model = network(diffusion, Wavy())
+    abar = scheduler.alphas_cumprod = (1 - scheduler.betas.double()).cumprod(0)  # theirs are float32 from here on:
+    scheduler.set_timesteps(steps)
+    if hasattr(scheduler, "sigmas"):  # 1 / signal is 2e4 where cosine begins, and their rounding would show
+        scheduler.sigmas = torch.cat([((1 - abar) / abar).sqrt()[scheduler.timesteps], torch.zeros(1)])
+    assert scheduler.timesteps.tolist() == [step.t for step in diffusion.path(steps)]
+    noise = noises(SHAPE, steps + 1)
+    ours = diffusion.trajectory(model, SHAPE, sampler, steps, noise=noise, **options)
+    x = noise(0)
+    for k, (t, (x_s, _)) in enumerate(zip(scheduler.timesteps, ours, strict=True), start=1):
+        x = scheduler.step(model(x, t.repeat(2)), t, x, **(their_step(noise(k)) if their_step else {})).prev_sample
+        if sampler == "ddpm-beta" and k == steps and t > 0:
+            return  # with "fixed_large" theirs adds noise to the finished picture, unless it comes from t = 0
+        torch.testing.assert_close(x_s, x, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("prediction", THEIR_PREDICTION)
+class TestStepByStepAgainstDiffusers:
+    @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+    @pytest.mark.parametrize("steps", [10, 50])  # of other counts theirs takes another path
+    def test_ddim(self, prediction, schedule, steps, eta):
+        scheduler = diffusers.DDIMScheduler(**settings(prediction, schedule), clip_sample=False, set_alpha_to_one=True)
+        diffusion = GaussianDiffusion(1000, schedule, prediction)
+        their_step = lambda noise: dict(eta=eta, variance_noise=noise if eta else None)  # noqa: E731
+        assert_same_steps(scheduler, diffusion, "ddim", steps, their_step, eta=eta, clip_denoised=False)
+
+    @pytest.mark.parametrize("steps", [2, 10, 20, 33])
+    def test_dpm_solver_pp(self, prediction, schedule, steps):
+        scheduler = diffusers.DPMSolverMultistepScheduler(
+            **settings(prediction, schedule),
+            algorithm_type="dpmsolver++",
+            solver_order=2,
+            solver_type="midpoint",
+            final_sigmas_type="zero",
+            lower_order_final=True,
+        )
+        diffusion = GaussianDiffusion(1000, schedule, prediction)
+        assert_same_steps(scheduler, diffusion, "dpm++", steps, clip_denoised=False)
+
+    @pytest.mark.parametrize("sampler, theirs", [("ddpm", "fixed_small"), ("ddpm-beta", "fixed_large")])
+    @pytest.mark.parametrize("steps, clip", [(10, False), (10, True), (33, False), (100, True)])
+    def test_ddpm(self, prediction, schedule, steps, clip, sampler, theirs, monkeypatch):
+        scheduler = diffusers.DDPMScheduler(**settings(prediction, schedule), variance_type=theirs, clip_sample=clip)
+        noise, ks = noises(SHAPE, steps + 1), iter(range(1, steps + 1))
+        monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *args, **options: noise(next(ks)))
+        diffusion = GaussianDiffusion(1000, schedule, prediction)
+        assert_same_steps(scheduler, diffusion, sampler, steps, clip_denoised=clip)
+
+
+# --- clipping ---------------------------------------------------------------------------------------------
+
+
+def test_the_predicted_image_is_clipped_before_the_mean_is_formed():
+    """A network that sees x_0 = 10 everywhere leads where one that sees 1 leads; clipping the image itself would not."""
+    diffusion = GaussianDiffusion(1000, prediction="x0")
+
+    def states(value, clip):
+        options = dict(steps=20, noise=noises(SHAPE, 21), clip_denoised=clip)
+        return [x for x, _ in diffusion.trajectory(lambda x, t, y: torch.full_like(x, value), SHAPE, **options)]
+
+    far, near = states(10.0, clip=True), states(1.0, clip=False)
+    for x_far, x_near in zip(far, near, strict=True):
+        assert torch.equal(x_far, x_near)
+    assert far[0].abs().max() > 1  # x_t itself is noisy, and never clipped
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_pictures_stay_in_range_unless_told_otherwise(sampler, schedule):
+    diffusion = GaussianDiffusion(1000, schedule)
+    shout = lambda x, t, y: -3 * x.sign()  # noqa: E731  # noise that there is not
+    options = dict(sampler=sampler, steps=15, noise=noises(SHAPE, 16))
+    assert diffusion.sample(shout, SHAPE, **options).abs().max() <= 1
+    assert diffusion.sample(shout, SHAPE, **options, clip_denoised=False).abs().max() > 1
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_clipped_prediction_still_agrees_with_x_t_about_the_noise(sampler):
+    """Where x_0 is certain the image moves to it in a straight line of signal and noise: nothing else is left in x_s."""
+    abar_t, abar_s = 0.3, 0.6
+    x_t, x_0 = torch.tensor([0.9]), torch.tensor([1.0])
+    eps = (x_t - abar_t**0.5 * x_0) / (1 - abar_t) ** 0.5
+    path = [GaussianDiffusion().path(2)[0]._replace(abar_t=abar_t, abar_s=abar_s)]
+    x_s, _ = next(SAMPLERS[sampler](x_t, path, lambda x, t: x_0, lambda k: torch.zeros(1), 0.0))
+    if sampler in DETERMINISTIC:
+        torch.testing.assert_close(x_s, abar_s**0.5 * x_0 + (1 - abar_s) ** 0.5 * eps)
+    else:  # as much of the noise as the posterior keeps
+        alpha = abar_t / abar_s
+        torch.testing.assert_close(x_s, abar_s**0.5 * x_0 + alpha**0.5 * (1 - abar_s) / (1 - abar_t) ** 0.5 * eps)
+
+
+# --- guidance ---------------------------------------------------------------------------------------------
+
+
+class Labelled:
+    """A network that answers with a number of its label, and remembers what it was asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, x, t, y):
+        self.asked.append(y)
+        return 0.1 * x + (0.2 if y is None else 0.01 * y[:, None, None, None].float())
+
+
+@pytest.mark.parametrize("guidance, calls", [(1.0, ["y"]), (0.0, [None]), (2.0, [None, "y"]), (0.5, [None, "y"])])
+def test_guidance_asks_the_network_no_more_than_it_must(guidance, calls):
+    model, y = Labelled(), torch.tensor([3, 4])
+    GaussianDiffusion(100).sample(model, SHAPE, sampler="ddim", steps=5, y=y, guidance=guidance, generator=generator())
+    assert [None if asked is None else "y" for asked in model.asked] == calls * 5
+    assert all(asked is None or torch.equal(asked, y) for asked in model.asked)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+@pytest.mark.parametrize("guidance", [0.0, 0.5, 1.0, 2.0, 4.0])
+def test_guidance_goes_from_the_unlabelled_prediction_towards_and_past_the_labelled(guidance, prediction):
+    """eps = (1 + w) eps(y) - w eps(none) with w = guidance - 1 (Ho & Salimans 2022, Eq. 6), in terms of x_0."""
+    diffusion, y = GaussianDiffusion(100, prediction=prediction), torch.tensor([3, 4])
+    x_T, t = torch.randn(SHAPE, generator=generator()), torch.full((2,), 99)
+    with_label, without = (diffusion.to_eps(Labelled()(x_T, t, label), x_T, t) for label in (y, None))
+    eps = guidance * with_label + (1 - guidance) * without
+    expected = (x_T - at(diffusion.sigma, t) * eps) / at(diffusion.signal, t)
+    _, x_0 = next(diffusion.trajectory(Labelled(), SHAPE, steps=5, noise=x_T, y=y, guidance=guidance, clip_denoised=False))
+    torch.testing.assert_close(x_0, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_without_labels_guidance_changes_nothing():
+    model = Labelled()
+    GaussianDiffusion(100).sample(model, SHAPE, steps=5, guidance=3.0, generator=generator())
+    assert model.asked == [None] * 5
+
+
+def test_the_network_is_told_the_step_in_one_int64_per_image():
+    told = []
+    model = lambda x, t, y: told.append(t) or torch.zeros_like(x)  # noqa: E731
+    GaussianDiffusion(100).sample(model, SHAPE, steps=4)
+    assert [t.tolist() for t in told] == [[99, 99], [74, 74], [49, 49], [24, 24]] and told[0].dtype == torch.int64
+
+
+# --- noise ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_same_generator_seed_gives_the_same_pictures(sampler):
+    diffusion = GaussianDiffusion(100)
+    a, b, c = (
+        diffusion.sample(wavy, SHAPE, sampler=sampler, steps=7, eta=0.5, generator=generator(seed)) for seed in (1, 1, 2)
+    )
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_noise_may_come_as_a_function_a_tensor_or_a_generator(sampler):
+    """A generator gives x_T and then one draw a step; the function and the tensor stand in for the same draws."""
+    diffusion, options = GaussianDiffusion(100), dict(sampler=sampler, steps=7, eta=0.5)
+    drawn = generator()
+    table = [torch.randn(SHAPE, generator=drawn) for _ in range(8)]
+    after_x_T = generator()
+    torch.randn(SHAPE, generator=after_x_T)
+    a = diffusion.sample(wavy, SHAPE, generator=generator(), **options)
+    b = diffusion.sample(wavy, SHAPE, noise=lambda k: table[k], **options)
+    c = diffusion.sample(wavy, SHAPE, noise=table[0], generator=after_x_T, **options)
+    assert torch.equal(a, b) and torch.equal(a, c)
+
+
+@pytest.mark.parametrize("sampler, asked", [("ddpm", [0, 1, 2, 3]), ("ddpm-beta", [0, 1, 2, 3]), ("ddim", [0]), ("dpm++", [0])])
+def test_noise_is_asked_for_once_a_step_by_its_number_and_not_for_the_last_step(sampler, asked):
+    ks = []
+    GaussianDiffusion(100).sample(wavy, SHAPE, sampler=sampler, steps=4, noise=lambda k: ks.append(k) or torch.zeros(SHAPE))
+    assert ks == asked
+
+
+def test_the_noise_that_was_given_is_not_overwritten():
+    x_T = torch.randn(SHAPE, generator=generator())
+    before = x_T.clone()
+    for sampler in SAMPLERS:
+        GaussianDiffusion(100).sample(wavy, SHAPE, sampler=sampler, steps=3, noise=x_T)
+    assert torch.equal(x_T, before)
+
+
+# --- the network is left as it was found ------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+        self.inner = nn.Sequential(nn.Dropout(0.5), nn.Sequential(nn.Dropout(0.5)))
+        self.modes, self.grads, self.fails = [], [], False
+
+    def forward(self, x, t, y=None):
+        if self.fails:
+            raise RuntimeError("out of memory")
+        self.modes.append(any(module.training for module in self.modules()))
+        self.grads.append(torch.is_grad_enabled())
+        return self.inner(self.conv(x))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("mode", ["train", "eval", "mixed"])
+def test_sampling_leaves_the_network_in_the_mode_it_found(mode, fails):
+    model = Net().train(mode != "eval")
+    if mode == "mixed":
+        model.inner[1].eval()  # a part that someone froze
+    before = [module.training for module in model.modules()]
+    model.fails = fails
+    try:
+        GaussianDiffusion(100).sample(model, SHAPE, steps=3)
+    except RuntimeError:
+        assert fails
+    assert [module.training for module in model.modules()] == before
+    assert not any(model.modes), "dropout must be off inside"
+
+
+def test_no_gradient_is_recorded():
+    model = Net()
+    x = GaussianDiffusion(100).sample(model, SHAPE, steps=3)
+    assert not any(model.grads) and not x.requires_grad
+    assert torch.is_grad_enabled()
+
+
+def test_between_two_steps_the_caller_keeps_his_own_grad_mode():
+    """A trajectory is a generator: what it switches off inside must be on again each time it hands over a state."""
+    for x, _ in GaussianDiffusion(100).trajectory(Net(), SHAPE, steps=3):
+        assert torch.is_grad_enabled() and not x.requires_grad
+
+
+def test_a_trajectory_that_is_left_half_way_leaves_the_network_as_it_was():
+    model = Net().train()
+    for _ in GaussianDiffusion(100).trajectory(model, SHAPE, steps=5):
+        break
+    assert all(module.training for module in model.modules()) and torch.is_grad_enabled()
+
+
+# --- what comes back --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, None])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_trajectory_has_a_state_for_each_step_and_ends_in_the_sample(sampler, steps):
+    diffusion, noise = GaussianDiffusion(20), noises(SHAPE, 21)
+    states = list(diffusion.trajectory(wavy, SHAPE, sampler, steps, noise=noise))
+    assert len(states) == (steps or 20)
+    assert all(x.shape == x_0.shape == SHAPE and x_0.abs().max() <= 1 for x, x_0 in states)
+    x = diffusion.sample(wavy, SHAPE, sampler=sampler, steps=steps, noise=noise)
+    assert torch.equal(states[-1][0], x) and x.dtype == torch.float32
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_pictures_are_float32_also_where_the_network_answers_in_bf16(sampler):
+    x = GaussianDiffusion(100).sample(lambda x, t, y: wavy(x, t).bfloat16(), SHAPE, sampler=sampler, steps=3)
+    assert x.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (dict(sampler="euler"), "sampler is 'euler', expected one of ddpm, "),
+        (dict(steps=0), "steps is 0, expected a number from 1 to 100"),
+        (dict(steps=101), "steps is 101, expected a number from 1 to 100, the model's TIME_STEPS"),
+        (dict(eta=1.5), "eta is 1.5, expected a number from 0 to 1"),
+        (dict(eta=-0.1), "eta is -0.1, expected a number from 0 to 1"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_what_can(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        GaussianDiffusion(100).sample(wavy, SHAPE, **options)
+
+
+def test_a_progress_bar_is_shown_where_asked_for(capsys):
+    GaussianDiffusion(100).sample(wavy, SHAPE, sampler="ddim", steps=3)
+    assert capsys.readouterr().err == ""
+    GaussianDiffusion(100).sample(wavy, SHAPE, sampler="ddim", steps=3, progress=True)
+    assert "ddim: 100%" in capsys.readouterr().err
+
+
+def test_ddpm_adds_noise_of_the_posterior_variance():
+    """One step from one point, many noises: mean and variance are those of q(x_s | x_t, x_0)."""
+    step = GaussianDiffusion(100).path(5)[1]
+    x_t, x_0 = torch.full((50_000,), 0.4), torch.full((50_000,), -0.2)
+    z = torch.randn(50_000, generator=generator())
+    x_s, _ = next(ddpm(x_t, [step], lambda x, t: x_0, lambda k: z))
+    w_0, w_t, variance = posterior(step.abar_t, step.abar_s)
+    assert abs(x_s.mean() - (w_0 * -0.2 + w_t * 0.4)) < 4 * (variance / 50_000) ** 0.5
+    assert x_s.var().item() == pytest.approx(variance, rel=0.03)
