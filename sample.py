@@ -1,5 +1,10 @@
 """Draw pictures from a checkpoint, which carries all that is needed: `python sample.py --checkpoint checkpoints/best.pth`."""
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() listens: Ctrl-C amid the imports shows no traceback
+
 import csv
 import io
 import sys
@@ -13,19 +18,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from src.build import build_diffusion, build_model
-from src.checkpoint import load_checkpoint
-from src.device import InPrecision, describe, pick_device, pick_precision, place, should_compile, synchronize
-from src.flags import NOT_NEGATIVE, TRUTH, FlagParser, choice, number, text, whole
-from src.labels import labelled_sheet, parse_classes
-from src.pictures import PictureNoise, grid, save_gif, save_png, slerp, to_uint8
-from src.samplers import SAMPLERS
+from src.artist import Artist, add_drawing_flags, check_drawing_flags, duration
+from src.device import describe, is_out_of_memory
+from src.flags import NOT_NEGATIVE, TRUTH, FlagParser, text, whole
+from src.interrupt import StopRequest
+from src.labels import labelled_sheet
+from src.pictures import PictureNoise, grid, save_gif, save_png, slerp
 from src.settings import RULES
-from src.utils import FlagError, UserError, atomic_file
+from src.utils import FlagError, UserError, atomic_file, make_folder, writing_to
 
-DEFAULT_STEPS = {"ddim": 50, "dpm++": 20}  # ddpm takes all that the model was trained with
 GRID_PICTURES = 256  # the most that grid.png shows
-GIF_FRAMES, GIF_PICTURES = 50, 16  # the most that denoising.gif shows
 
 
 def read_flags(argv: Sequence[str]) -> SimpleNamespace:
@@ -50,28 +52,7 @@ def read_flags(argv: Sequence[str]) -> SimpleNamespace:
         ("--interp_steps", whole(2), "pictures on that walk, both ends counted", 10),
     ]:  # fmt: skip
         parser.add(flag, rule, comment + (f" (default: {default})" if default is not None else ""), what, default)
-    how = parser.add_argument_group("how")
-    for flag, rule, comment, default in [
-        ("--sampler", choice(*SAMPLERS), f"{', '.join(SAMPLERS)} (default: dpm++)", "dpm++"),
-        ("--steps", whole(1), "network calls per picture (default: all for ddpm, 50 for ddim, 20 for dpm++)", None),
-        (
-            "--eta",
-            number("from 0 to 1", lambda x: 0 <= x <= 1),
-            "randomness of ddim, 0 none, 1 as much as ddpm (default: 0)",
-            0.0,
-        ),
-        (
-            "--weights",
-            choice("ema", "raw"),
-            "the running average of the weights, or the raw ones (default: ema)",
-            "ema",
-        ),
-        ("--batch_size", whole(1), "pictures drawn at a time; changes none of them (default: 64)", 64),
-        ("--device", RULES["DEVICE"], "auto, cuda, mps, cpu (default: auto)", "auto"),
-        ("--precision", RULES["PRECISION"], "auto, fp32, bf16, fp16 (default: auto)", "auto"),
-        ("--compile", RULES["COMPILE"], "torch.compile the network: auto, true, false (default: auto)", "auto"),
-    ]:
-        parser.add(flag, rule, comment, how, default)
+    add_drawing_flags(parser, parser.add_argument_group("how"))
     where = parser.add_argument_group("what to write")
     parser.add(
         "--output_dir",
@@ -84,94 +65,17 @@ def read_flags(argv: Sequence[str]) -> SimpleNamespace:
     parser.add("--gif", TRUTH, "also denoising.gif: x_t and the predicted x_0 side by side", where, False)
     parser.add("--overwrite", TRUTH, "replace what is there already", where, False)
     flags = SimpleNamespace(**parser.parse(argv))
-    if flags.eta and flags.sampler != "ddim":
-        raise FlagError(f"--eta: got {flags.eta:g} with --sampler {flags.sampler}; only --sampler ddim takes it.")
-    if flags.interpolate and (flags.sampler == "ddpm" or flags.eta):
+    check_drawing_flags(flags)
+    if flags.interpolate and (flags.sampler.startswith("ddpm") or flags.eta):
         raise FlagError("--interpolate: needs a sampler without randomness; allowed are dpm++, and ddim with --eta 0.")
     return flags
-
-
-class Artist:
-    """A checkpoint ready to draw: the network, the diffusion, the classes, and how the flags want it done."""
-
-    def __init__(self, flags: SimpleNamespace):
-        state = load_checkpoint(Path(flags.checkpoint), mmap=True)
-        self.settings, self.classes, self.class_ids = state["config"], state["classes"], state["class_ids"]
-        s, most = self.settings, self.settings.TIME_STEPS
-        if flags.steps and flags.steps > most:
-            raise FlagError(
-                f"--steps: got {flags.steps}; this checkpoint was trained with TIME_STEPS {most}, allowed are 1 to {most}."
-            )
-        self.steps = flags.steps or min(most, DEFAULT_STEPS.get(flags.sampler, most))
-        if not s.CLASS_CONDITIONAL and (flags.classes != "all" or flags.guidance != 1):
-            raise FlagError("--classes, --guidance: this checkpoint knows no classes; train with --class_conditional true.")
-        self.labels = parse_classes(flags.classes, self.classes, self.class_ids) if s.CLASS_CONDITIONAL else None
-        self.device = pick_device(flags.device)
-        self.dtype = pick_precision(flags.precision, self.device)
-        model = build_model(s, len(self.classes))
-        model.load_state_dict(state["ema" if flags.weights == "ema" else "model"])
-        place(model.eval().requires_grad_(False), self.device)
-        self.network: Callable = InPrecision(model, self.device, self.dtype)
-        if should_compile(flags.compile, self.device):
-            self.network = torch.compile(self.network)
-        self.diffusion = build_diffusion(s).to(self.device)
-        self.shape = (3, s.IMAGE_SIZE, s.IMAGE_SIZE)
-        self.options = dict(sampler=flags.sampler, steps=self.steps, eta=flags.eta, guidance=flags.guidance)
-        self.calls_per_step = 1 if flags.guidance in (0, 1) else 2
-
-    def label(self, index: int) -> int | None:
-        """The class of picture number `index`: the classes in turn."""
-        return self.labels[index % len(self.labels)] if self.labels else None
-
-    def to_y(self, labels: Sequence[int | None]) -> Tensor | None:
-        return torch.tensor(labels, device=self.device) if self.labels else None
-
-    def seconds(self, pictures: int, batch_size: int) -> float:
-        """How long `pictures` will take, from one network call on a few of them."""
-        batch = min(batch_size, pictures) if self.device.type == "cuda" else min(batch_size, pictures, 4)
-        x, t = (
-            torch.randn(batch, *self.shape, device=self.device),
-            torch.zeros(batch, dtype=torch.int64, device=self.device),
-        )
-        y = self.to_y([0] * batch)
-        with torch.no_grad():
-            for _ in range(2):  # the first call compiles, allocates and picks kernels
-                synchronize(self.device)
-                start = time.perf_counter()
-                self.network(x, t, y)
-                synchronize(self.device)
-        return (time.perf_counter() - start) / batch * pictures * self.steps * self.calls_per_step
-
-    def draw(
-        self,
-        noise: Callable[[int], Tensor],
-        y: Tensor | None,
-        count: int,
-        bar: tqdm,
-        frames: list | None = None,
-        network=None,
-    ) -> Tensor:
-        """One batch: [count, 3, S, S] uint8. frames: where to put what denoising.gif shows of it, if anywhere."""
-        network = network or self.network
-        trajectory = self.diffusion.trajectory(network, (count, *self.shape), noise=noise, y=y, **self.options)
-        every = -(-self.steps // GIF_FRAMES)
-        for k, (x, x_0) in enumerate(trajectory, start=1):
-            if frames is not None and (k % every == 0 or k == self.steps):
-                left, right = (grid(to_uint8(images[:GIF_PICTURES])) for images in (x, x_0))
-                frames.append(torch.cat([left, right], dim=2))
-            bar.update()
-        return to_uint8(x)
 
 
 def draw_series(artist: Artist, flags: SimpleNamespace, bar: tqdm, frames: list | None, save: Callable) -> Tensor:
     """Pictures start_index, start_index + 1, ... of the series, each saved as NUMBER.png."""
     drawn = []
-    indices = list(range(flags.start_index, flags.start_index + flags.num_samples))
-    for start in range(0, len(indices), flags.batch_size):
-        batch = indices[start : start + flags.batch_size]
-        noise = PictureNoise(flags.seed, batch, artist.shape, artist.device)
-        y = artist.to_y([artist.label(i) for i in batch])
-        pictures = artist.draw(noise, y, len(batch), bar, frames if start == 0 else None)
+    indices = range(flags.start_index, flags.start_index + flags.num_samples)
+    for batch, pictures in artist.series(flags.seed, indices, flags.batch_size, bar, frames):
         for index, picture in zip(batch, pictures):
             save(picture, f"{index:06}.png")
         drawn.append(pictures)
@@ -238,6 +142,8 @@ def sample(flags: SimpleNamespace) -> None:
             f"{out / there[0]} exists already, with {len(there) - 1} more. Add --overwrite, or choose another --output_dir."
         )
 
+    make_folder(out, "--output_dir")
+
     print(f"checkpoint {flags.checkpoint}, {flags.weights} weights, {artist.settings.IMAGE_SIZE}x{artist.settings.IMAGE_SIZE}")
     print(f"device     {describe(artist.device)}, {str(artist.dtype).removeprefix('torch.')}")
     seconds = artist.seconds(count, flags.batch_size)
@@ -268,24 +174,24 @@ def sample(flags: SimpleNamespace) -> None:
     print(f"Done in {duration(time.perf_counter() - start)}: {out.resolve()}/{files[0]} ... {', '.join(files[count:])}")
 
 
-def duration(seconds: float) -> str:
-    """62 -> "1 min 2 s"."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{int(seconds // 60)} min {int(seconds % 60)} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
 def main() -> int:
-    try:
-        sample(read_flags(sys.argv[1:]))
-        return 0
-    except UserError as error:
-        print(f"sample.py: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("sample.py: interrupted; the pictures written so far stand.", file=sys.stderr)
-        return 130
+    with StopRequest() as stop:
+        try:
+            flags = read_flags(sys.argv[1:])
+            with writing_to(Path(flags.output_dir), "--output_dir"):
+                sample(flags)
+            return 0
+        except UserError as error:
+            print(f"sample.py: {error}", file=sys.stderr)
+            return error.exit_code
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            print("sample.py: Out of memory. Use a smaller --batch_size; it changes no picture.", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print("sample.py: Stopped at once. The pictures written so far are whole.", file=sys.stderr)
+            return stop.exit_code
 
 
 if __name__ == "__main__":

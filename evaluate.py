@@ -1,0 +1,377 @@
+"""How good a checkpoint is, in figures with their protocol: `python evaluate.py --checkpoint checkpoints/best.pth`.
+
+FID and its relatives by default; --nll, --loss and --nearest for the rest. docs/evaluation.md says what each figure means.
+"""
+
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() listens: Ctrl-C amid the imports shows no traceback
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from src import likelihood, noise
+from src.artist import add_drawing_flags, check_drawing_flags, duration
+from src.batches import validation_batches
+from src.device import is_out_of_memory
+from src.evaluation import Evaluation, say, show
+from src.flags import NOT_NEGATIVE, TRUTH, FlagParser, text, whole
+from src.interrupt import StopRequest
+from src.labels import labelled_sheet
+from src.neighbours import nearest_mirrored
+from src.picture_sets import PictureSet, write_npz
+from src.pictures import save_png
+from src.settings import RULES
+from src.utils import FlagError, UserError, atomic_file, writing_to
+
+LOSS_BINS = 20
+SHEET_ROWS, SHEET_NEIGHBOURS = 32, 5  # of the sheet of nearest training pictures
+
+
+def read_flags(argv: Sequence[str]) -> SimpleNamespace:
+    """The flags, each checked by itself. Raises FlagError."""
+    parser = FlagParser(
+        "evaluate.py",
+        usage="python evaluate.py [--checkpoint PATH] [--fid] [--nll] [--loss] [--nearest] [--flag VALUE ...]",
+        description="Measure a checkpoint. Without --fid, --nll, --loss or --nearest it does what --fid does.",
+    )
+    path = text("a path", r".*\S.*", "PATH")
+    source = text("train, val, a folder of pictures or an .npz", r".*\S.*", "SOURCE")
+    what = parser.add_argument_group("what to measure")
+    for flag, rule, comment, default in [
+        ("--checkpoint", path, "the checkpoint to measure (default: checkpoints/best.pth)", "checkpoints/best.pth"),
+        ("--fid", TRUTH, "FID, KID, Inception Score, precision and recall of drawn pictures", False),
+        ("--nll", TRUTH, "the variational bound on held-out pictures, in bits per dimension", False),
+        ("--loss", TRUTH, "the held-out loss of the noise by t, on the pictures, t and noise of train.py", False),
+        ("--nearest", whole(1)._replace(bare=16), "the training pictures nearest to the first N drawn (alone: 16)", None),
+    ]:
+        parser.add(flag, rule, comment, what, default)
+    distribution = parser.add_argument_group("--fid and --nearest")
+    for flag, rule, comment, default in [
+        ("--num_samples", whole(1), "pictures to draw (default: 10000)", 10_000),
+        ("--samples", source, "measure these instead of drawn ones: train, val, a folder or an .npz", None),
+        ("--reference", source, "what to compare with: train, val, a folder or an .npz (default: train)", "train"),
+        ("--features", text("the name of a network or a file of weights", r".*\S.*", "NAME"),
+         "network: inception, a file of Inception weights, random (no download), vgg16, ... (default: inception)", None),
+        ("--kid_subset_size", whole(2), "pictures in each of KID's 100 subsets (default: 1000)", 1000),
+        ("--seed", RULES["SEED"], "which series of pictures; of --nll, which t and noise (default: 0)", 0),
+        ("--classes", text("names, ids or indices, separated by commas, or all", r".*\S.*", "NAMES"),
+         "classes to draw, in turn (default: all)", "all"),
+        ("--guidance", NOT_NEGATIVE, "1 follows the class, 0 ignores it, more exaggerates it (default: 1)", 1.0),
+    ]:  # fmt: skip
+        parser.add(flag, rule, comment, distribution, default)
+    bound = parser.add_argument_group("--nll and --loss")
+    parser.add("--val_images", whole(2), "held-out pictures (default: VAL_IMAGES of the checkpoint)", bound, None)
+    parser.add("--nll_steps", whole(1), "steps t drawn for each picture (default: 20)", bound, None)
+    parser.add("--exact", TRUTH, "every step t for each picture instead", bound, False)
+    add_drawing_flags(parser, parser.add_argument_group("how"))
+    where = parser.add_argument_group("where")
+    for flag, rule, comment, default in [
+        (
+            "--output_dir",
+            path,
+            "folder of the JSON with figures and protocol (default: outputs/evaluation)",
+            "outputs/evaluation",
+        ),
+        ("--npz", TRUTH, "also the drawn pictures, as arr_0, uint8 [N, H, W, 3]", False),
+        ("--data_path", path, "where the checkpoint's dataset is (default: DATA_PATH of the checkpoint)", None),
+        ("--cache_path", path, "where decoded pictures and features are kept (default: CACHE_PATH of the checkpoint)", None),
+        ("--log_path", path, "TensorBoard folder of the curves by t (default: LOG_PATH of the checkpoint)", None),
+    ]:
+        parser.add(flag, rule, comment, where, default)
+    flags = SimpleNamespace(**parser.parse(argv), command=shlex.join(["python", "evaluate.py", *argv]))
+    flags.fid = flags.fid or not (flags.nll or flags.loss or flags.nearest)
+    check_flags(flags)
+    return flags
+
+
+def check_flags(flags: SimpleNamespace) -> None:
+    """What cannot be asked for together."""
+    check_drawing_flags(flags)
+    for flag, is_given in (("--exact", flags.exact), ("--nll_steps", flags.nll_steps is not None)):
+        if is_given and not flags.nll:
+            raise FlagError(f"{flag}: belongs to --nll; add it, or leave this out.")
+    if flags.exact and flags.nll_steps is not None:
+        raise FlagError("--exact, --nll_steps: every step, or so many drawn; give one of the two.")
+    if flags.fid and flags.samples and flags.samples == flags.reference:
+        raise FlagError(f"--samples, --reference: both are {flags.samples}; a set compared with itself says nothing.")
+    if flags.npz and (flags.samples or not flags.fid):
+        raise FlagError("--npz: writes the pictures that --fid draws, and here it draws none.")
+
+
+# --- FID, KID, Inception Score, precision and recall ----------------------------------------------------
+
+
+def measure_distribution(ev: Evaluation) -> dict[str, Any]:
+    """How near the distribution of the pictures is to the reference's."""
+    from src import metrics  # torch-fidelity takes seconds
+
+    flags, folder = ev.flags, ev.cache / "fidelity"
+    reference = ev.pictures(flags.reference, "--reference")
+    samples = ev.pictures(flags.samples, "--samples") if flags.samples else None
+    count = len(samples) if samples else flags.num_samples
+    size = samples.size if samples else ev.size
+    if size != reference.size:
+        raise UserError(f"The pictures are {size} and the reference {reference.size}; figures of two sizes do not compare.")
+    metrics.check_counts(count, len(reference), flags.kid_subset_size)
+    network = ev.features()
+    if not network.comparable:
+        say("note", f"features of {network.name}: the figures compare with each other, not with published FID")
+    if samples is None:
+        samples = PictureSet(f"{flags.checkpoint}, drawn", ev.draw(count))
+        if flags.npz:
+            write_npz(ev.out.with_suffix(".npz"), samples.pixels)
+    known = network.is_cached(reference, folder)
+    seconds = network.seconds(samples, flags.batch_size, ev.device) * (len(samples) + (0 if known else len(reference)))
+    say("features", f"{network.name}: about {duration(seconds)}" + (", the reference's are known" if known else ""))
+    drawn = network.extract(samples, flags.batch_size, ev.device)
+    real = network.cached(reference, flags.batch_size, ev.device, folder)
+    statistics = metrics.fid_statistics(network, reference, real, folder)
+    figures = metrics.figures(drawn, real, statistics, network.layers, flags.kid_subset_size)
+    warnings = metrics.warnings(len(samples), len(reference), len(statistics["mu"]))
+    for warning in warnings:
+        say("warning", warning)
+    return {
+        "figures": figures,
+        "library": metrics.LIBRARY,
+        "network": network.name,
+        "comparable_with_published_inception_fid": network.comparable and not warnings,
+        "samples": samples.about() | (ev.drawing() if not flags.samples else {}),
+        "reference": reference.about(),
+        "kid": f"{metrics.KID_SUBSETS} subsets of {flags.kid_subset_size}",
+        "precision_recall": f"neighbourhood {metrics.NEIGHBOURHOOD}, at most {metrics.PRC_PICTURES} pictures a side",
+        "warnings": warnings,
+    }
+
+
+# --- the variational bound ------------------------------------------------------------------------------
+
+
+def measure_bound(ev: Evaluation) -> dict[str, Any]:
+    """Ho et al. 2020, Eq. (5), on held-out pictures, in bits per dimension. See src/likelihood.py."""
+    artist, flags = ev.artist, ev.flags
+    assert artist
+    images = ev.split("val").to(artist.device)
+    time_steps, dimensions = artist.settings.TIME_STEPS, int(np.prod(artist.shape))
+    count = min(flags.val_images or artist.settings.VAL_IMAGES, len(images))
+    if count < 2:
+        raise UserError("--nll: there is one held-out picture, and a standard error needs two.")
+    parts = likelihood.strata(time_steps, time_steps if flags.exact else min(flags.nll_steps or 20, time_steps))
+    seconds = artist.seconds_per_call(count, flags.batch_size) * count * len(parts)
+    way = "every step" if len(parts) == time_steps else f"{len(parts)} of {time_steps:,} steps, drawn for each picture"
+    say("bound", f"{count:,} held-out pictures, {way}: about {duration(seconds)}")
+
+    rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(noise.VALIDATION))[:count]
+    prior, terms = [], []  # [B], [B, K] nats
+    with tqdm(total=-(-count // flags.batch_size) * len(parts), unit="step", disable=None, dynamic_ncols=True) as bar:
+        for batch in rows.split(flags.batch_size):
+            x_0, y = images.batch(batch)
+            keys = noise.address(flags.seed, noise.VALIDATION, batch)
+            prior.append(likelihood.prior_term(artist.diffusion, x_0))
+            columns = []
+            for part in parts:
+                labels = y if artist.settings.CLASS_CONDITIONAL else None
+                columns.append(likelihood.stratum_terms(artist.diffusion, artist.network, x_0, part, keys, labels))
+                bar.update()
+            terms.append(torch.stack(columns, 1))
+    prior_bits, term_bits = (likelihood.bits_per_dimension(torch.cat(nats), dimensions) for nats in (prior, terms))
+    return {
+        "bits_per_dimension": bound_figures(prior_bits, term_bits, parts),
+        "pictures": ev.held_out(count),
+        "steps": way,
+        "variance": "beta_tilde, the mean from x_0 clipped to [-1, 1], discrete decoder (DDPM, Eq. 13)",
+        "seed": flags.seed,
+        "by_t": by_t(ev, term_bits, parts),
+    }
+
+
+def bound_figures(prior: Tensor, terms: Tensor, parts: list[range]) -> dict[str, float]:
+    """The bound with its standard error over pictures, and its terms. prior: [N], terms: [N, K], bits per dimension."""
+    total, error = likelihood.mean_and_error(prior + terms.sum(1))
+    later = torch.tensor([part.start > 0 for part in parts])  # a part of its own for t = 0, unless there is one part in all
+    figures = {"total": total, "standard_error": error, "prior": prior.mean().item()}
+    if parts[0] == range(1):
+        figures |= {"steps": terms[:, later].sum(1).mean().item(), "decoder": terms[:, 0].mean().item()}
+    return figures
+
+
+def by_t(ev: Evaluation, terms: Tensor, parts: list[range]) -> list[dict[str, float]]:
+    """What each part of [0, T) adds, and a TensorBoard curve of it per step."""
+    rows = []
+    with ev.writer() as writer:
+        for part, column in zip(parts, terms.T):
+            mean, error = likelihood.mean_and_error(column)
+            rows.append({"t_from": part.start, "t_to": part.stop - 1, "sum": mean, "standard_error": error})
+            writer.add_scalar("bound/bits_per_dimension_of_step_t", mean / len(part), (part.start + part.stop - 1) // 2)
+        for row, so_far in zip(rows, terms.flip(1).cumsum(1).flip(1).mean(0).tolist()):
+            writer.add_scalar("bound/bits_per_dimension_from_t_on", so_far, row["t_from"])
+    return rows
+
+
+# --- the loss by t --------------------------------------------------------------------------------------
+
+
+def measure_loss(ev: Evaluation) -> dict[str, Any]:
+    """Mean squared error of the noise on the batches of train.py's loss/held_out, and by t."""
+    artist = ev.artist
+    assert artist
+    s = artist.settings
+    s = s._replace(VAL_IMAGES=ev.flags.val_images or s.VAL_IMAGES)
+    images = ev.split("val").to(artist.device)
+    count = min(s.VAL_IMAGES, len(images))
+    say("loss", f"{count:,} held-out pictures: about {duration(artist.seconds_per_call(count, s.BATCH_SIZE) * count)}")
+    losses, times = [], []
+    with tqdm(total=count, unit=" pictures", disable=None, dynamic_ncols=True) as bar:
+        for batch in validation_batches(images, s):
+            losses.append(artist.diffusion.eps_losses(artist.network, *batch))
+            times.append(batch.t)
+            bar.update(len(batch.t))
+    loss, t = torch.cat(losses).cpu(), torch.cat(times).cpu()
+    rows = []
+    with ev.writer() as writer:
+        for k in range(LOSS_BINS):
+            of_bin = loss[t * LOSS_BINS // s.TIME_STEPS == k]
+            if not len(of_bin):
+                continue
+            low, high = -(-k * s.TIME_STEPS // LOSS_BINS), -(-(k + 1) * s.TIME_STEPS // LOSS_BINS) - 1
+            rows.append({"t_from": low, "t_to": high, "count": len(of_bin), "loss": of_bin.mean().item()})
+            writer.add_scalar("loss/eps_by_t", rows[-1]["loss"], (low + high) // 2)
+    return {"held_out": loss.mean().item(), "pictures": ev.held_out(count), "by_t": rows}
+
+
+# --- the nearest training pictures ----------------------------------------------------------------------
+
+
+def measure_nearest(ev: Evaluation) -> dict[str, Any]:
+    """How far the first samples are from the training pictures, beside how far held-out ones are, and a sheet to look at."""
+    artist, flags = ev.artist, ev.flags
+    assert artist
+    train, val = ev.pictures("train", ""), ev.pictures("val", "")
+    samples = ev.pictures(flags.samples, "--samples") if flags.samples else None
+    if samples and samples.size != train.size:
+        raise UserError(f"The pictures are {samples.size} and the training pictures {train.size}; distances need one size.")
+    samples = PictureSet("the samples", samples.pixels[: flags.nearest] if samples else ev.draw(flags.nearest))
+    fixed = torch.Generator().manual_seed(noise.VALIDATION)
+    held_out = PictureSet("held-out pictures", val.pixels[torch.randperm(len(val), generator=fixed)[: len(samples)].numpy()])
+
+    found: dict[str, Any] = {
+        "samples": len(samples),
+        "held_out": len(held_out),
+        "drawing": None if flags.samples else ev.drawing(),
+    }
+    views = {"pixels": (None, train.pixels)}
+    if flags.features or flags.fid:
+        network = ev.features()
+        views["features"] = (
+            network,
+            network.cached(train, flags.batch_size, ev.device, ev.cache / "fidelity")[network.layers["fid"]].numpy(),
+        )
+        found["network"] = network.name
+    for view, (network, pool) in views.items():
+
+        def represent(pictures: PictureSet, mirror: bool) -> Tensor:
+            pixels = np.ascontiguousarray(pictures.pixels[..., ::-1] if mirror else pictures.pixels)
+            if network is None:  # noqa: B023 (used at once)
+                return torch.tensor(pixels)
+            return network.extract(PictureSet(pictures.name, pixels), flags.batch_size, ev.device)[network.layers["fid"]]  # noqa: B023
+
+        say("nearest", f"{len(samples)} samples and {len(held_out)} held-out pictures among {len(pool):,}, by {view}")
+        hits, ordinary = (
+            nearest_mirrored(
+                represent(pictures, False),
+                represent(pictures, True) if artist.settings.HORIZONTAL_FLIP else None,
+                pool,
+                SHEET_NEIGHBOURS,
+                ev.device,
+            )
+            for pictures in (samples, held_out)
+        )
+        unit = (pool.size / len(pool)) ** 0.5 if view == "pixels" else 1.0  # root mean square, in grey levels
+        distances, usual = hits.distances[:, 0] / unit, ordinary.distances[:, 0] / unit
+        sheet = ev.out.with_name(f"{ev.out.stem}-nearest-{view}.png")
+        save_png(nearest_sheet(samples, train, hits, unit), sheet)
+        found[view] = {
+            "mean_distance": distances.mean().item(),
+            "smallest_distance": distances.min().item(),
+            "mean_distance_of_held_out": usual.mean().item(),
+            "smallest_distance_of_held_out": usual.min().item(),
+            "ratio": (distances.mean() / usual.mean()).item(),
+            "nearest_rows": hits.rows[:, 0].tolist(),
+            "sheet": str(sheet),
+        }
+    return found
+
+
+def nearest_sheet(samples: PictureSet, train: PictureSet, hits: Any, unit: float) -> Tensor:
+    """A row for each sample: itself, then its nearest training pictures, mirrored where that is nearer, with distances."""
+    pictures, names = [], []
+    for i, (distances, rows, mirrored) in enumerate(zip(*(x[:SHEET_ROWS] for x in hits))):
+        pictures.append(samples.pixels[i])
+        names.append(f"sample {i}")
+        for distance, row, mirror in zip(distances.tolist(), rows.tolist(), mirrored.tolist()):
+            pictures.append(train.pixels[row][..., ::-1] if mirror else train.pixels[row])
+            names.append(f"{distance / unit:.3g}" + " mirrored" * mirror)
+    return labelled_sheet(torch.from_numpy(np.stack(pictures)), names, columns=1 + hits.rows.shape[1])
+
+
+# --- the script -----------------------------------------------------------------------------------------
+
+
+def evaluate(flags: SimpleNamespace) -> None:
+    ev = Evaluation(flags)
+    for name, value in ev.report["protocol"].items():
+        say(name, value)
+    start = time.perf_counter()
+    for section, is_asked, measure in [
+        ("loss", flags.loss, measure_loss),
+        ("bound", flags.nll, measure_bound),
+        ("distribution", flags.fid, measure_distribution),
+        ("nearest", flags.nearest, measure_nearest),
+    ]:
+        if is_asked:
+            ev.report[section] = measure(ev)
+            with atomic_file(ev.out) as file:  # after each: an interrupted call keeps what is done
+                file.write((json.dumps(ev.report, indent=2) + "\n").encode())
+            show(section, ev.report[section])
+    print(f"Done in {duration(time.perf_counter() - start)}: {ev.out.resolve()}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    with StopRequest() as stop:
+        try:
+            flags = read_flags(sys.argv[1:] if argv is None else argv)
+            with writing_to(Path(flags.output_dir), "--output_dir"):
+                evaluate(flags)
+            return 0
+        except UserError as error:
+            print(f"evaluate.py: {error}", file=sys.stderr)
+            return error.exit_code
+        except ModuleNotFoundError as error:
+            if error.name != "torch_fidelity":
+                raise
+            print("evaluate.py: torch-fidelity is not installed. Run 'pip install -r requirements.txt'.", file=sys.stderr)
+            return 1
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            print("evaluate.py: Out of memory. Use a smaller --batch_size; it changes no figure.", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print("evaluate.py: Stopped at once. Figures printed so far are in the JSON.", file=sys.stderr)
+            return stop.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
