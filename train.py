@@ -3,6 +3,11 @@
 The same command goes on where the last run stopped.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() listens: Ctrl-C amid the imports shows no traceback
+
 import math
 import sys
 import time
@@ -19,24 +24,33 @@ from src.batches import TrainBatches, validation_batches
 from src.build import build_diffusion, build_model, build_optimizer
 from src.checkpoint import check_resume, find_latest, keep_previous, remove_parts, restore, save_checkpoint
 from src.dataset import DATASETS, obtain_tiny_imagenet, prepare
-from src.device import InPrecision, describe, memory_advice, pick_device, pick_precision, place, should_compile
+from src.device import (
+    InPrecision,
+    describe,
+    is_out_of_memory,
+    memory_advice,
+    pick_device,
+    pick_precision,
+    place,
+    should_compile,
+)
 from src.diffusion import GaussianDiffusion
 from src.ema import EMA
 from src.guard import FiniteGuard
 from src.images import DeviceImages, Images
 from src.interrupt import StopRequest
-from src.lock import FolderLock, make_folder
+from src.lock import FolderLock
 from src.meter import Meter
 from src.model import UNet, parameter_count
 from src.monitor import Monitor
 from src.pictures import draw, grid, save_png, to_uint8
 from src.settings import Run, Settings, as_text, changed_from_defaults, resolve
-from src.utils import UserError
+from src.utils import UserError, make_folder, writing_to
 
 
 @dataclass
 class Training:
-    """What a run is made of. Only `step` and `best_loss` change hands here; everything else changes inside."""
+    """What a run is made of. Only the last three change hands here; everything else changes inside."""
 
     settings: Settings
     device: torch.device
@@ -51,12 +65,14 @@ class Training:
     scaler: torch.amp.GradScaler
     meter: Meter
     step: int = 0  # optimizer steps done
+    epoch: int = 0  # epochs done, with all that end_epoch does
     best_loss: float = math.inf  # lowest held-out loss so far
 
     @property
-    def epoch(self) -> int:
-        """Epochs done."""
-        return self.step // self.batches.steps_per_epoch
+    def owes_epoch_end(self) -> bool:
+        """Whether the last step of an epoch is done and the rest is not: a signal came in between."""
+        epoch, steps_into_epoch = divmod(self.step, self.batches.steps_per_epoch)
+        return steps_into_epoch == 0 and self.epoch < epoch
 
     def save(self, name: str) -> None:
         folder = Path(self.settings.CHECKPOINT_PATH)
@@ -114,13 +130,14 @@ def set_up(run: Run) -> Training:
                 f"Start anew with another --checkpoint_path."
             )
         restore(saved, model, training.ema, training.optimizer, training.scaler, training.meter)
-        training.step, training.best_loss = saved["step"], saved["best_loss"]
+        training.step, training.epoch, training.best_loss = saved["step"], saved["epoch"], saved["best_loss"]
     return training
 
 
 def train(run: Run, stop: StopRequest) -> None:
     """The training loop, from the last save to the end or to a request to stop."""
-    tr = set_up(run)
+    with stop.at_once():
+        tr = set_up(run)
     s, device, batches = tr.settings, tr.device, tr.batches
     last_step = min(s.EPOCHS * batches.steps_per_epoch, run.max_steps or math.inf)
     print_plan(run, tr, last_step)
@@ -129,9 +146,13 @@ def train(run: Run, stop: StopRequest) -> None:
         network = torch.compile(network)
     guard = FiniteGuard(device)
     saved_at = time.monotonic()
-    with Monitor(Path(s.LOG_PATH), tr.step, last_step, batches.images_per_step, device) as monitor:
+    with Monitor(Path(s.LOG_PATH), tr.step, last_step, batches.images_per_step, device) as monitor, stop.postponed():
         monitor.text(tr.step, "settings", s._asdict())
-        while tr.step < last_step and not stop.signal:
+        if tr.owes_epoch_end:
+            end_epoch(tr, monitor, stop)
+            tr.save("latest")
+        is_stopped = tr.owes_epoch_end
+        while tr.step < last_step and not is_stopped:
             learning_rate = s.LEARNING_RATE * min(1.0, (tr.step + 1) / max(1, s.WARMUP_STEPS))
             tr.optimizer.param_groups[0]["lr"] = learning_rate
             if s.DROPOUT:
@@ -160,38 +181,48 @@ def train(run: Run, stop: StopRequest) -> None:
 
             # What happens every so often. Only here does the loop wait for the device.
             ends_epoch = tr.step % batches.steps_per_epoch == 0
-            is_last = tr.step == last_step
-            must_save = ends_epoch or is_last or stop.signal or 0 < s.SAVE_MINUTES * 60 < time.monotonic() - saved_at
+            save_is_due = 0 < s.SAVE_MINUTES * 60 < time.monotonic() - saved_at
+            must_save = ends_epoch or tr.step == last_step or save_is_due or stop.signal is not None
             if must_save or tr.step % s.LOG_EVERY == 0 or device.type == "cpu":  # on a CPU there is nothing to wait for
-                guard.check(s, learning_rate)
+                guard.check(s, learning_rate, tr.scaler)
             if tr.step % s.LOG_EVERY == 0:
                 monitor.log(tr.step, tr.meter.read() | {"optimizer/learning_rate": learning_rate})
             if ends_epoch:
-                end_epoch(tr, monitor, is_last)
+                end_epoch(tr, monitor, stop)
             if must_save:
                 monitor.flush()  # else a kill would lose points that the resumed run does not draw again
                 tr.save("latest")  # last: what came before is done again by a run that was killed meanwhile
                 saved_at = time.monotonic()
                 monitor.restart_clock(tr.step)
+                is_stopped = stop.signal is not None  # only here: a signal that came too late for this save waits for the next
     say_goodbye(tr, last_step)
 
 
-def end_epoch(tr: Training, monitor: Monitor, is_last: bool) -> None:
-    """Held-out loss and best.pth; now and then a preview grid and a checkpoint to keep."""
-    s, epoch = tr.settings, tr.epoch
-    ema_network = InPrecision(tr.ema.model, tr.device, tr.dtype)
-    held_out_loss = validate(tr, ema_network)
+def end_epoch(tr: Training, monitor: Monitor, stop: StopRequest) -> None:
+    """Held-out loss and best.pth; now and then a preview grid and a checkpoint to keep. All of it, or where a signal
+    comes nothing: the next start makes up for it."""
+    s, epoch = tr.settings, tr.step // tr.batches.steps_per_epoch
+    ema_network, raw_network = (InPrecision(model, tr.device, tr.dtype) for model in (tr.ema.model, tr.model))
+    pictures = {}
+    try:
+        with stop.at_once():  # this may take minutes
+            held_out_loss = validate(tr, ema_network)
+            if epoch % s.SAMPLE_EVERY == 0 or epoch == s.EPOCHS:
+                pictures = {"samples/ema": preview(tr, ema_network), "samples/raw": preview(tr, raw_network)}
+    except KeyboardInterrupt:
+        return
+    tr.epoch = epoch
     monitor.scalars(tr.step, {"loss/held_out": held_out_loss, "progress/epoch": epoch})
     monitor.say(f"epoch {epoch}, step {tr.step:,}: held-out loss {held_out_loss:.5f}")
-    if epoch % s.SAMPLE_EVERY == 0 or is_last:
-        picture = preview(tr, ema_network)
-        save_png(picture, Path(s.OUTPUT_PATH) / "samples" / f"epoch_{epoch:03}.png")
-        monitor.picture(tr.step, "samples/ema", picture)
-        monitor.picture(tr.step, "samples/raw", preview(tr, InPrecision(tr.model, tr.device, tr.dtype)))
+    for tag, picture in pictures.items():
+        monitor.picture(tr.step, tag, picture)
+    if pictures:
+        with writing_to(Path(s.OUTPUT_PATH), "--output_path"):
+            save_png(pictures["samples/ema"], Path(s.OUTPUT_PATH) / "samples" / f"epoch_{epoch:03}.png")
     if held_out_loss < tr.best_loss:
         tr.best_loss = held_out_loss
         tr.save("best")
-    if epoch % s.SAVE_EVERY == 0 or is_last:
+    if epoch % s.SAVE_EVERY == 0 or epoch == s.EPOCHS:
         tr.save(f"epoch_{epoch:03}")
 
 
@@ -235,7 +266,7 @@ def print_plan(run: Run, tr: Training, last_step: int) -> None:
 def say_goodbye(tr: Training, last_step: int) -> None:
     """Where the run stands, and the next command to type."""
     folder = Path(tr.settings.CHECKPOINT_PATH)
-    if tr.step < last_step:
+    if tr.step < last_step or tr.owes_epoch_end:
         print(
             f"Stopped after step {tr.step:,} of {last_step:,}; {folder / 'latest.pth'} is saved. "
             f"The same command goes on from there."
@@ -247,22 +278,23 @@ def say_goodbye(tr: Training, last_step: int) -> None:
 
 def main() -> int:
     run = None
-    try:
-        run = resolve(config, sys.argv[1:], DATASETS)
-        with FolderLock(Path(run.settings.CHECKPOINT_PATH), "--checkpoint_path"), StopRequest() as stop:
-            train(run, stop)
-        return stop.exit_code
-    except UserError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return error.exit_code
-    except RuntimeError as error:
-        if not (run and (advice := memory_advice(error, run.settings))):
-            raise
-        print(f"train.py: {advice}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("train.py: interrupted at once; the last save stands.", file=sys.stderr)
-        return 130
+    with StopRequest() as stop:
+        try:
+            run = resolve(config, sys.argv[1:], DATASETS)
+            with FolderLock(Path(run.settings.CHECKPOINT_PATH), "--checkpoint_path"):
+                train(run, stop)
+            return stop.exit_code
+        except UserError as error:
+            print(f"train.py: {error}", file=sys.stderr)
+            return error.exit_code
+        except (RuntimeError, MemoryError) as error:
+            if not run or not is_out_of_memory(error):
+                raise
+            print(f"train.py: {memory_advice(run.settings)}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print("train.py: Stopped at once. What was saved before stands; the same command goes on.", file=sys.stderr)
+            return stop.exit_code
 
 
 if __name__ == "__main__":

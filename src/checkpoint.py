@@ -4,13 +4,14 @@ import contextlib
 import os
 import pickle
 import shutil
+import sys
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from src.ema import EMA
 from src.meter import Meter
@@ -26,6 +27,10 @@ KEYS = {
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be used, and what to do about it."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint that is not as it was written; an older one may serve."""
 
 
 # --- what one writes the other restores ---------------------------------------------------------------
@@ -70,9 +75,7 @@ def save_checkpoint(
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
-        needed = (
-            sum(t.nbytes for t in [*model.state_dict().values(), *ema.model.state_dict().values()]) * 2
-        )  # Adam: two moments
+        needed = 4 * sum(t.nbytes for t in model.state_dict().values())  # the weights, their average, Adam's two moments
         raise UserError(
             f"Cannot save {path}: {cause.strerror}. It takes about {needed / 1e6:,.0f} MB, "
             f"{shutil.disk_usage(path.parent).free / 1e6:,.0f} MB are free there. The checkpoints saved before are whole: "
@@ -88,26 +91,43 @@ def load_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
         raise CheckpointError(
             f"No checkpoint at {path}. Run 'python train.py' first, or pass --checkpoint with one of: {found}."
         )
-    if not zipfile.is_zipfile(path):  # torch writes zip files, whose index stands at the end
-        raise CheckpointError(f"{path} is not a whole checkpoint: truncated, or written by another program. Use another one.")
     try:
+        with open(path, "rb") as file:
+            is_whole = zipfile.is_zipfile(file)  # torch writes zip files, whose index stands at the end
+    except OSError as error:
+        raise CheckpointError(f"Cannot read {path}: {error.strerror}. Mend its permissions, or use another one.") from None
+    if not is_whole:
+        raise DamagedCheckpoint(f"{path} is not a whole checkpoint: truncated, or written by another program. Use another one.")
+    try:
+        if not mmap and (entry := zipfile.ZipFile(path).testzip()):  # 1.5 GB take a second or two
+            raise DamagedCheckpoint(f"{path} is damaged (wrong checksum of {entry}). Use another one.")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError:
         raise CheckpointError(f"{path} holds Python objects, which could run code when opened; it is refused.") from None
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged ({str(error).splitlines()[0]}). Use another checkpoint.") from None
-    if not isinstance(state, dict) or "version" not in state:
-        raise CheckpointError(
-            f"{path} is a file of another program: it has none of this one's entries. Use another checkpoint."
-        )
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise DamagedCheckpoint(f"{path} is damaged ({str(error).splitlines()[0]}). Use another one.") from None
+    if not isinstance(state, dict) or not isinstance(state.get("version"), int):
+        raise CheckpointError(f"{path} is a file of another program: it has no version of this one's. Use another one.")
     if state["version"] > VERSION:
         raise CheckpointError(
             f"{path} has format version {state['version']}, this program reads up to {VERSION}. Update it (git pull)."
         )
     if missing := KEYS - state.keys():
-        raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}; it was not written whole. Use another checkpoint.")
+        raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}; another program wrote it. Use another one.")
     state["config"] = settings_from_dict(state["config"])
     return state
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Put a checkpoint's weights into a network. Raises CheckpointError where the network is another one."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        difference = " ".join(str(error).split("\n")[1].split())[:200].rstrip(".")
+        raise CheckpointError(
+            f"The checkpoint does not fit the network of src/model.py ({difference}). Undo what was changed there since, "
+            f"or start anew with another folder: --checkpoint_path ./checkpoints/NAME."
+        ) from None
 
 
 def restore(
@@ -119,8 +139,8 @@ def restore(
     meter: Meter,
 ) -> None:
     """Put a loaded checkpoint back into the objects of a run."""
-    model.load_state_dict(state["model"])
-    ema.model.load_state_dict(state["ema"])
+    load_weights(model, state["model"])
+    load_weights(ema.model, state["ema"])
     optimizer.load_state_dict(state["optimizer"])
     if scaler.is_enabled() and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
@@ -149,28 +169,37 @@ def remove_parts(folder: Path) -> None:
 
 
 def find_latest(folder: Path) -> dict[str, Any] | None:
-    """The state to resume from: latest.pth, or where that does not load the newest checkpoint that does, with a warning.
-    None where there is none. Raises CheckpointError where there are some and none loads."""
+    """The state to resume from: latest.pth, or where that is damaged or gone the newest checkpoint that loads, with a
+    warning. None where there is none at all. Raises CheckpointError where there are some and none loads, or where
+    latest.pth is whole but not for this program."""
     latest = folder / "latest.pth"
-    others = sorted((p for p in folder.glob("*.pth") if p != latest), key=lambda p: p.stat().st_mtime, reverse=True)
-    if not latest.exists() and not others:
-        return None
+    others = [path for path in folder.glob("*.pth") if path != latest]
+    damage: CheckpointError | None = None
     if latest.exists():
         try:
             return load_checkpoint(latest)
-        except CheckpointError as error:
-            aside = latest.with_name("latest.damaged")
-            os.replace(latest, aside)
-            print(f"Warning: {error} It was set aside as {aside}.")
-    states = []
+        except DamagedCheckpoint as error:
+            damage = error
+    elif not others:
+        return None
+
+    steps = {}
     for path in others:
         with contextlib.suppress(CheckpointError):
-            states.append((load_checkpoint(path, mmap=True)["step"], path))
-    if not states:
-        raise CheckpointError(f"No checkpoint in {folder} loads. Move them away to start anew, or restore one from a backup.")
-    step, path = max(states)
-    print(f"Going on from {path}, step {step:,}, the newest that loads.")
-    return load_checkpoint(path)
+            steps[path] = load_checkpoint(path, mmap=True)["step"]
+    for path in sorted(steps, key=lambda path: (steps[path], path), reverse=True):
+        with contextlib.suppress(CheckpointError):
+            state = load_checkpoint(path)
+            if damage:
+                aside = latest.with_name("latest.damaged")
+                os.replace(latest, aside)
+                print(f"Warning: {damage} It was set aside as {aside}.", file=sys.stderr)
+            print(f"Going on from {path}, step {steps[path]:,}, the newest that loads.", file=sys.stderr)
+            return state
+    raise CheckpointError(
+        f"No checkpoint in {folder} loads. {damage or ''} Restore one from a backup, or start anew with another folder: "
+        f"--checkpoint_path ./checkpoints/NAME.".replace("  ", " ")
+    )
 
 
 # --- settings that contradict the checkpoint ----------------------------------------------------------

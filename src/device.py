@@ -94,10 +94,16 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def memory_advice(error: RuntimeError, settings: Settings) -> str | None:
-    """What to do if the error says that memory ran out: the numbers that keep the effective batch. None if it does not."""
-    if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-        return None
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the GPU or of the machine. torch has a type for one case and words for the others."""
+    words = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED", "bad_alloc")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
+
+
+def memory_advice(settings: Settings) -> str:
+    """What to do where memory ran out in training: the numbers that keep the effective batch."""
     batch, passes = settings.BATCH_SIZE, settings.GRAD_ACCUM_STEPS
     if batch == 1:
         return "Out of memory with a batch of one image. Use a smaller --unet_dim or --image_size."

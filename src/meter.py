@@ -7,7 +7,10 @@ QUARTERS = ("1_least_noise", "2", "3", "4_most_noise")  # of [0, T)
 
 
 class Meter:
-    """Sums of the loss, by quarter of t, and of the gradient norm, kept on the device: nothing waits until `read`."""
+    """Sums of the loss, by quarter of t, and of the gradient norm, kept on the device: nothing waits until `read`.
+
+    What is not finite is left out: under fp16 a step whose gradients overflow is skipped, and happens every so often.
+    """
 
     def __init__(self, time_steps: int, device: torch.device):
         self.time_steps = time_steps
@@ -17,10 +20,10 @@ class Meter:
     def add(self, losses: Tensor, t: Tensor) -> None:
         """losses: [B] float32.   t: [B] int64."""
         quarter = t * 4 // self.time_steps
-        self.sums.index_add_(1, quarter, torch.stack([losses.detach(), torch.ones_like(losses)]))
+        self.sums.index_add_(1, quarter, torch.stack(finite(losses.detach())))
 
     def add_norm(self, norm: Tensor) -> None:
-        self.norms += torch.stack([norm, torch.ones_like(norm)])
+        self.norms += torch.stack(finite(norm))
 
     def state_dict(self) -> dict[str, Tensor]:
         """So that the first point after a resume is the mean that the uninterrupted run would have shown."""
@@ -31,11 +34,17 @@ class Meter:
         self.norms.copy_(state["norms"])
 
     def read(self) -> dict[str, float]:
-        """The means since the last read, by TensorBoard tag; waits for the device. A quarter that saw no image is left out."""
+        """The means since the last read, by TensorBoard tag; waits for the device. What had no value is left out."""
         losses, images = self.sums.tolist()
         norm, steps = self.norms.tolist()
         self.sums.zero_()
         self.norms.zero_()
-        means = {"loss/train": sum(losses) / sum(images), "optimizer/gradient_norm": norm / steps}
-        by_quarter = {f"loss_by_t/{q}": loss / n for q, loss, n in zip(QUARTERS, losses, images) if n}
-        return means | by_quarter
+        totals = {"loss/train": (sum(losses), sum(images)), "optimizer/gradient_norm": (norm, steps)}
+        totals |= {f"loss_by_t/{q}": (loss, n) for q, loss, n in zip(QUARTERS, losses, images)}
+        return {tag: total / count for tag, (total, count) in totals.items() if count}
+
+
+def finite(values: Tensor) -> list[Tensor]:
+    """The values with 0 for what is not finite, and 1 for each that is, else 0."""
+    is_finite = values.isfinite()
+    return [values.where(is_finite, 0), is_finite.to(values.dtype)]

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -49,3 +50,25 @@ def atomic_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def writing_to(folder: Path, flag: str) -> Iterator[None]:
+    """Say what to do where something in `folder` cannot be written. flag: the setting that named the folder."""
+    try:
+        yield
+    except OSError as error:
+        existing = next((parent for parent in [folder, *folder.absolute().parents] if parent.is_dir()), Path("/"))
+        raise UserError(
+            f"Cannot write to {folder}: {error.strerror or error}. {shutil.disk_usage(existing).free / 1e6:,.0f} MB are "
+            f"free there. Make room, mend its permissions, or choose another folder with {flag}."
+        ) from None
+
+
+def make_folder(folder: Path, flag: str) -> None:
+    """Make a folder and see that it can be written to, or raise UserError as `writing_to` does."""
+    with writing_to(folder, flag):
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()

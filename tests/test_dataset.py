@@ -34,8 +34,11 @@ def jpeg(random, mode="RGB", size=64):
 def archive(tmp_path_factory):
     """A zip with the layout of the real one: 3 classes x 6 in train, 9 in val, greyscale ones and strays among them."""
     random = np.random.default_rng(0)
-    files = {"wnids.txt": "\n".join(WNIDS) + "\n", ".DS_Store": b"stray",
-             "words.txt": "n00\tentity\nn01\tgoldfish, Carassius auratus\nn02\tmud turtle\n"}
+    files = {
+        "wnids.txt": "\n".join(WNIDS) + "\n",
+        ".DS_Store": b"stray",
+        "words.txt": "n00\tentity\nn01\tgoldfish, Carassius auratus\nn02\tmud turtle\n",
+    }
     for wnid in WNIDS:
         files[f"train/{wnid}/{wnid}_boxes.txt"] = "x"
         files[f"train/{wnid}/images/Thumbs.db"] = files[f"train/{wnid}/images/._{wnid}_0.JPEG"] = b"stray"
@@ -79,17 +82,21 @@ def test_copies_with_val_in_class_folders_or_without_images_folders_read_the_sam
         for file in list((tiny / "train" / wnid / "images").iterdir()):
             file.rename(tiny / "train" / wnid / file.name)
     after = TinyImageNet(tiny, "val")
-    assert ({Path(f).name: label for f, label in zip(after.files, after.labels)}
-            == {Path(f).name: label for f, label in zip(before.files, before.labels)})
+    assert {Path(f).name: label for f, label in zip(after.files, after.labels)} == {
+        Path(f).name: label for f, label in zip(before.files, before.labels)
+    }
     assert len(TinyImageNet(tiny, "train")) == 18
 
 
-@pytest.mark.parametrize("remove, split, says", [
-    ("val/images/val_3.JPEG", "val", "lacks 1 of the 9.*val_3.JPEG"),
-    ("val/val_annotations.txt", "val", "no readable val/val_annotations.txt"),
-    ("wnids.txt", "train", "no readable wnids.txt, only 2 folders"),
-    ("train/n01", "train", "no pictures for 1 of 3 classes, e.g. n01"),
-])
+@pytest.mark.parametrize(
+    "remove, split, says",
+    [
+        ("val/images/val_3.JPEG", "val", "lacks 1 of the 9.*val_3.JPEG"),
+        ("val/val_annotations.txt", "val", "no readable val/val_annotations.txt"),
+        ("wnids.txt", "train", "no readable wnids.txt, only 2 folders"),
+        ("train/n01", "train", "no pictures for 1 of 3 classes, e.g. n01"),
+    ],
+)
 def test_missing_parts_are_named_with_the_way_out(tiny, remove, split, says):
     os.rename(tiny / remove, tiny.parent / "elsewhere")
     with pytest.raises(UserError, match=f"{says}.*Delete the folder"):
@@ -176,8 +183,7 @@ def test_an_animation_gives_its_first_frame(tmp_path):
 def test_a_picture_that_fits_is_not_touched_and_others_are_cut_to_the_central_square():
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     np.testing.assert_array_equal(to_uint8(pixels, 16), pixels.transpose(2, 0, 1))
-    np.testing.assert_array_equal(to_uint8(torch.from_numpy(pixels).permute(2, 0, 1) / 255, 16),
-                                  pixels.transpose(2, 0, 1))
+    np.testing.assert_array_equal(to_uint8(torch.from_numpy(pixels).permute(2, 0, 1) / 255, 16), pixels.transpose(2, 0, 1))
     wide = np.pad(pixels, ((0, 0), (10, 10), (0, 0)))
     np.testing.assert_array_equal(to_uint8(wide, 16), pixels.transpose(2, 0, 1))
 
@@ -283,7 +289,7 @@ def test_the_cache_is_made_again_when_it_is_no_longer_true(tiny, tmp_path, capsy
     assert "the pictures have changed" in prepare_again(tiny, cache, capsys)
     (tiny / "train" / "n01" / "images" / "n01_0.JPEG").unlink()
     assert "17 images" in prepare_again(tiny, cache, capsys)
-    file, = cache.iterdir()
+    (file,) = cache.iterdir()
     whole = file.read_bytes()
     for damaged in (whole[:-1], whole[:5000], whole[:3], b"", whole + b"x", b"\x00" * 300):
         file.write_bytes(damaged)
@@ -296,8 +302,12 @@ def test_the_cache_is_made_again_when_it_is_no_longer_true(tiny, tmp_path, capsy
 def test_two_folders_two_splits_and_two_sizes_have_a_file_each(tmp_path):
     for name in ("one", "two"):
         make_folder(tmp_path / name, ["1.png", "2.png"])
-    files = {prepare("folder", tmp_path / name, split, size, tmp_path / "cache", 0).path
-             for name in ("one", "two") for split in ("train", "val") for size in (8, 16)}
+    files = {
+        prepare("folder", tmp_path / name, split, size, tmp_path / "cache", 0).path
+        for name in ("one", "two")
+        for split in ("train", "val")
+        for size in (8, 16)
+    }
     assert len(files) == 8
 
 
@@ -324,7 +334,7 @@ def test_a_full_disk_says_how_much_is_needed_and_leaves_nothing(tmp_path):
         from src.utils import UserError
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
         try:
-            prepare("shapes", "", "val", 32, {str(tmp_path / 'cache')!r}, 0)
+            prepare("shapes", "", "val", 32, {str(tmp_path / "cache")!r}, 0)
         except UserError as error:
             print(error)
     """)
@@ -359,14 +369,16 @@ def test_an_own_dataset_is_one_entry_and_its_cache_follows_its_pictures(tmp_path
 def test_decoding_works_in_processes_that_start_from_nothing(tmp_path):
     """spawn, as on macOS and Windows: everything handed to a worker has to pickle."""
     program = tmp_path / "program.py"
-    program.write_text(textwrap.dedent(f"""
+    program.write_text(
+        textwrap.dedent(f"""
         import sys; sys.path.insert(0, {str(ROOT)!r})
         import torch.multiprocessing
         from src.dataset import prepare
         if __name__ == "__main__":
             torch.multiprocessing.set_start_method("spawn")
-            print(len(prepare("shapes", "", "val", 8, {str(tmp_path / 'cache')!r}, 2)))
-    """))
+            print(len(prepare("shapes", "", "val", 8, {str(tmp_path / "cache")!r}, 2)))
+    """)
+    )
     result = subprocess.run([sys.executable, program], capture_output=True, text=True)
     assert result.stdout.endswith("2000\n"), result.stderr
 

@@ -120,13 +120,16 @@ def test_a_wrong_checksum_names_both_and_removes_the_file(server, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("way, size, says", [
-    ("missing", 0, "404.*by hand.*a.zip"),
-    ("html", 0, "web page"),
-    ("plain", 5, "offers 300,000 bytes, expected 5; nothing was downloaded"),
-    ("lie", len(DATA), "offers 301,000 bytes, expected 300,000"),
-    ("no-length", 5, "more than the 5 bytes"),
-])
+@pytest.mark.parametrize(
+    "way, size, says",
+    [
+        ("missing", 0, "404.*by hand.*a.zip"),
+        ("html", 0, "web page"),
+        ("plain", 5, "offers 300,000 bytes, expected 5; nothing was downloaded"),
+        ("lie", len(DATA), "offers 301,000 bytes, expected 300,000"),
+        ("no-length", 5, "more than the 5 bytes"),
+    ],
+)
 def test_what_cannot_be_right_is_refused_at_once(server, tmp_path, way, size, says):
     with pytest.raises(UserError, match=says):
         fetch(f"{server.url}/{way}/a.zip", tmp_path / "a.zip", size, **QUICK)
@@ -163,8 +166,10 @@ def make_zip(path, files, compression=zipfile.ZIP_DEFLATED):
 def test_the_one_folder_takes_the_name_asked_for(tmp_path):
     (tmp_path / ".images.part").mkdir()
     (tmp_path / ".images.part" / "left by a kill").touch()
-    extract(make_zip(tmp_path / "a.zip", {"top/": "", "top/a/b.txt": "b", "top/c.txt": "c", "__MACOSX/._c": "x"}),
-            tmp_path / "new" / "images")
+    extract(
+        make_zip(tmp_path / "a.zip", {"top/": "", "top/a/b.txt": "b", "top/c.txt": "c", "__MACOSX/._c": "x"}),
+        tmp_path / "new" / "images",
+    )
     extract(tmp_path / "a.zip", tmp_path / "images")
     assert (tmp_path / "images" / "a" / "b.txt").read_text() == "b"
     assert (tmp_path / "new" / "images" / "c.txt").read_text() == "c"
@@ -177,17 +182,20 @@ def link(name, target):
     return member, target
 
 
-@pytest.mark.parametrize("files, says", [
-    ({"top/ok": "", "top/../../evil": "x"}, "outside"),
-    ({"top/ok": "", "/tmp/evil": "x"}, "outside"),
-    ({"top/ok": "", "C:/evil": "x"}, "outside"),
-    ({"top/ok": "", "top\\..\\evil": "x"}, "outside"),
-    (dict([link("top/link", "/etc"), ("top/link/evil", "x")]), "link"),
-    ({"top/a": "", "other/b": ""}, "expected one folder in it, found other, top"),
-    ({}, "found nothing"),
-    ({"top/a": bytes(20_000)}, "more than 10,000"),
-    ({f"top/{i}": "" for i in range(60)}, "more than 50"),
-])
+@pytest.mark.parametrize(
+    "files, says",
+    [
+        ({"top/ok": "", "top/../../evil": "x"}, "outside"),
+        ({"top/ok": "", "/tmp/evil": "x"}, "outside"),
+        ({"top/ok": "", "C:/evil": "x"}, "outside"),
+        ({"top/ok": "", "top\\..\\evil": "x"}, "outside"),
+        (dict([link("top/link", "/etc"), ("top/link/evil", "x")]), "link"),
+        ({"top/a": "", "other/b": ""}, "expected one folder in it, found other, top"),
+        ({}, "found nothing"),
+        ({"top/a": bytes(20_000)}, "more than 10,000"),
+        ({f"top/{i}": "" for i in range(60)}, "more than 50"),
+    ],
+)
 def test_archives_that_could_do_harm_are_refused_and_leave_nothing(tmp_path, files, says):
     inner = tmp_path / "inner"
     inner.mkdir()
@@ -206,8 +214,10 @@ def test_a_bomb_that_declares_less_than_it_holds_stops_at_what_it_declares(tmp_p
     assert os.listdir(tmp_path) == ["a.zip"]
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:-3000], lambda data: b"", lambda data: b"<html>",
-                                    lambda data: data[:2000] + bytes(50) + data[2050:]])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda data: data[:-3000], lambda data: b"", lambda data: b"<html>", lambda data: data[:2000] + bytes(50) + data[2050:]],
+)
 def test_a_damaged_archive_is_named_and_to_be_deleted(tmp_path, damage):
     path = make_zip(tmp_path / "a.zip", {f"top/{i}": os.urandom(500) for i in range(40)})
     path.write_bytes(damage(path.read_bytes()))

@@ -1,0 +1,41 @@
+"""What the tests of whole runs share: pictures, trained checkpoints, and a Runner in a folder of the test's own."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.runs import Runner, Zygote, make_pictures
+
+
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Zygote]:
+    zygote = Zygote()
+    yield zygote
+    zygote.close()
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> Path:
+    return make_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture
+def run(zygote, pictures, tmp_path) -> Runner:
+    return Runner(zygote, tmp_path, pictures)
+
+
+@pytest.fixture(scope="session")
+def trained(zygote, pictures, tmp_path_factory) -> Runner:
+    """A finished run without classes. Only to be read."""
+    runner = Runner(zygote, tmp_path_factory.mktemp("trained"), pictures)
+    runner.train()
+    return runner
+
+
+@pytest.fixture(scope="session")
+def trained_with_classes(zygote, pictures, tmp_path_factory) -> Runner:
+    """A finished run of a network that knows the classes. Only to be read."""
+    runner = Runner(zygote, tmp_path_factory.mktemp("trained_with_classes"), pictures)
+    runner.train(CLASS_CONDITIONAL=True, LABEL_DROPOUT=0.3)
+    return runner

@@ -1,0 +1,210 @@
+"""sample.py: a checkpoint and nothing else; picture i hangs on the checkpoint, the settings, the seed and i alone."""
+
+import csv
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.runs import ROOT
+
+
+def picture(path) -> np.ndarray:
+    """[H, W, 3] uint8 as integers that can be subtracted."""
+    return np.array(Image.open(path)).astype(int)
+
+
+def drawn(run, folder: str, pattern: str = "[0-9]*.png") -> dict[str, np.ndarray]:
+    return {path.name: picture(path) for path in sorted((run.folder / folder).glob(pattern))}
+
+
+def assert_alike(some: dict[str, np.ndarray], others: dict[str, np.ndarray]) -> None:
+    """The same pictures by the same names, to one grey level."""
+    assert some.keys() == others.keys() and some
+    for name in some:
+        assert abs(some[name] - others[name]).max() <= 1, name
+
+
+@pytest.fixture
+def sample(run, trained, trained_with_classes):
+    """sample(*flags, classes=False, to="drawn") draws 5 pictures in 3 steps from a trained checkpoint."""
+
+    def draw(*flags, classes: bool = False, to: str = "drawn", setup: str = "", code: int = 0):
+        runner = trained_with_classes if classes else trained
+        words = ["--checkpoint", runner.folder / "checkpoints" / "best.pth", "--output_dir", to]
+        return run.sample(*words, "--num_samples", 5, "--steps", 3, "--precision", "fp32", *flags, setup=setup, code=code)
+
+    return draw
+
+
+# --- what it needs ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [None, "raise SystemExit('config.py was read')"])
+def test_it_needs_a_checkpoint_and_no_config(tmp_path, trained, config):
+    """In a copy of the repository whose config.py is gone or unreadable, from an empty folder, as a user starts it."""
+    program, empty = tmp_path / "program", tmp_path / "empty"
+    shutil.copytree(ROOT / "src", program / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "sample.py", program)
+    if config:
+        (program / "config.py").write_text(config)
+    empty.mkdir()
+    shutil.copy(trained.folder / "checkpoints" / "best.pth", empty)
+    command = [sys.executable, program / "sample.py", "--checkpoint", "best.pth", "--num_samples", "2"]
+    subprocess.run(command, cwd=empty, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, timeout=120)
+    assert len(list(empty.glob("outputs/pictures/0*.png"))) == 2
+
+
+# --- what it writes -----------------------------------------------------------------------------------
+
+
+def test_pictures_grid_labels_and_npz_are_written_and_agree(run, sample):
+    said = sample("--npz").out
+    assert "5 pictures by dpm++ in 3 steps" in said and said.splitlines()[-1].startswith("Done in ")
+    pictures = drawn(run, "drawn")
+    assert list(pictures) == [f"{i:06}.png" for i in range(5)]
+    assert all(pixels.shape == (8, 8, 3) for pixels in pictures.values())
+    assert picture(run.folder / "drawn/grid.png").shape == (2 + 2 * 10, 2 + 3 * 10, 3)  # 3 columns, 2 rows
+    with np.load(run.folder / "drawn/samples.npz") as file:
+        assert file.files == ["arr_0"]
+        assert file["arr_0"].dtype == np.uint8 and file["arr_0"].shape == (5, 8, 8, 3)
+        assert (file["arr_0"] == np.stack(list(pictures.values()))).all()
+    rows = list(csv.DictReader((run.folder / "drawn/labels.csv").open()))
+    assert [row["file"] for row in rows] == list(pictures)
+    assert {row["class"] for row in rows} == {""}
+
+
+def test_labels_tell_the_class_of_each_picture(run, sample):
+    sample("--classes", "blue circle,0,GREEN SQUARE", classes=True)
+    rows = list(csv.DictReader((run.folder / "drawn/labels.csv").open()))
+    assert [row["class"] for row in rows] == ["blue circle", "blue circle", "green square", "blue circle", "blue circle"]
+    assert [row["label"] for row in rows] == ["0", "0", "1", "0", "0"]
+
+
+def test_the_gif_shows_every_step(run, sample):
+    sample("--gif")
+    with Image.open(run.folder / "drawn/denoising.gif") as gif:
+        assert gif.n_frames == 3
+        assert gif.size == (2 * 32, 22)  # x_t and x_0 side by side, each a grid of 3 x 2
+
+
+def test_pictures_that_are_there_are_replaced_only_when_asked(run, sample):
+    sample()
+    before = run.files("drawn/*")
+    said = sample("--seed", 1, code=1).err
+    assert said.startswith("sample.py: drawn/000000.png exists already, with 6 more. Add --overwrite")
+    assert run.files("drawn/*") == before
+    sample("--seed", 1, "--overwrite")
+    assert run.files("drawn/*") != before
+
+
+# --- what a picture hangs on --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [(), ("--sampler", "ddpm"), ("--sampler", "ddim", "--eta", 1)])
+def test_the_batch_size_changes_no_picture(run, sample, flags):
+    for size in (1, 3, 16):
+        sample("--batch_size", size, *flags, to=f"by {size}")
+    assert_alike(drawn(run, "by 1"), drawn(run, "by 3"))
+    assert_alike(drawn(run, "by 1"), drawn(run, "by 16"))
+
+
+def test_start_index_goes_on_with_the_series(run, sample):
+    sample("--guidance", 2, classes=True)
+    sample("--guidance", 2, "--start_index", 3, "--num_samples", 2, classes=True, to="rest")
+    assert_alike(drawn(run, "rest"), {name: pixels for name, pixels in drawn(run, "drawn").items() if name >= "000003"})
+    labels = [list(csv.DictReader((run.folder / folder / "labels.csv").open())) for folder in ("drawn", "rest")]
+    assert labels[1] == labels[0][3:]
+
+
+@pytest.mark.parametrize(
+    ("flags", "classes"),
+    [
+        (("--seed", 1), False),
+        (("--weights", "raw"), False),
+        (("--sampler", "ddpm"), False),
+        (("--steps", 5), False),
+        (("--guidance", 3), True),
+        (("--classes", "1"), True),
+    ],
+)
+def test_each_of_these_changes_the_pictures(run, sample, flags, classes):
+    sample(classes=classes)
+    sample(*flags, classes=classes, to="other")
+    ours, theirs = drawn(run, "drawn"), drawn(run, "other")
+    assert max(abs(ours[name] - theirs[name]).max() for name in ours) > 1
+
+
+def test_guidance_0_ignores_the_classes(run, sample):
+    sample("--guidance", 0, "--classes", 0, classes=True, to="a")
+    sample("--guidance", 0, "--classes", 1, classes=True, to="b")
+    assert_alike(drawn(run, "a"), drawn(run, "b"))
+
+
+# --- walks --------------------------------------------------------------------------------------------
+
+
+def test_a_walk_begins_and_ends_at_the_plain_pictures(run, sample):
+    sample("--guidance", 2, classes=True)
+    walk = ["--guidance", 2, "--interp_steps", 4, "--batch_size", 3]
+    sample("--interpolate", *walk, classes=True, to="next")
+    sample("--interpolate", "4,0:1", *walk, classes=True, to="chosen")
+    plain = drawn(run, "drawn")
+    for folder, first, last in (("next", 0, 1), ("chosen", 4, 1)):
+        steps = drawn(run, folder, "interpolation_*.png")
+        assert list(steps) == [f"interpolation_{i:03}.png" for i in range(4)]
+        assert abs(steps["interpolation_000.png"] - plain[f"{first:06}.png"]).max() <= 1
+        assert abs(steps["interpolation_003.png"] - plain[f"{last:06}.png"]).max() <= 1
+        assert picture(run.folder / folder / "interpolation.png").shape == (12, 2 + 4 * 10, 3)
+
+
+# --- refusals -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "classes", "code", "says"),
+    [
+        (("--steps", 51), False, 2, "--steps: got 51; this checkpoint was trained with TIME_STEPS 50, allowed are 1 to 50."),
+        (("--eta", 0.5), False, 2, "--eta: got 0.5 with --sampler dpm++; only --sampler ddim takes it."),
+        (("--classes", "0"), False, 2, "this checkpoint knows no classes; train with --class_conditional true."),
+        (("--guidance", 2), False, 2, "this checkpoint knows no classes; train with --class_conditional true."),
+        (("--classes", "blue circel"), True, 2, "the checkpoint has no class 'blue circel'; did you mean blue circle"),
+        (("--classes", "9"), True, 2, "--classes: got 9, but the checkpoint's 4 classes have indices 0 to 3."),
+        (("--interpolate", "--sampler", "ddpm"), False, 2, "--interpolate: needs a sampler without randomness"),
+        (("--num_samples", 0), False, 2, "--num_samples: got '0', expected a whole number of at least 1."),
+        (("--num_sample", 3), False, 2, "--num_sample: no such flag; did you mean --num_samples?"),
+        (("--output_dir", "drawn/../file/x"), False, 1, "Cannot write to drawn/../file/x: "),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_sentence(run, sample, flags, classes, code, says):
+    (run.folder / "file").touch()
+    (run.folder / "drawn").mkdir()
+    said = sample(*flags, classes=classes, code=code).err
+    assert says in said and said.startswith("sample.py: ") and len(said.splitlines()) == 1
+    assert not run.files("*.png")
+
+
+# The second batch is met by SIGTERM.
+SIGTERM_IN_BATCH_2 = """
+import os, signal, src.artist
+
+batches, to_uint8 = [], src.artist.to_uint8
+
+def to_uint8_under_fire(x):
+    batches.append(x)
+    if len(batches) == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return to_uint8(x)
+
+src.artist.to_uint8 = to_uint8_under_fire
+"""
+
+
+def test_a_signal_leaves_whole_pictures_of_the_batches_done(run, sample):
+    said = sample("--batch_size", 2, setup=SIGTERM_IN_BATCH_2, code=143).err
+    assert said == "sample.py: Stopped at once. The pictures written so far are whole.\n"
+    assert list(drawn(run, "drawn", "*")) == ["000000.png", "000001.png"]

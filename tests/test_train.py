@@ -1,0 +1,211 @@
+"""What a run does and leaves behind: it learns, at the rate it says, and its files are the ones promised."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from src.batches import validation_batches
+from src.build import build_diffusion, build_model
+from src.checkpoint import KEYS, load_checkpoint
+from src.dataset import prepare
+from tests.runs import ROOT, differences
+
+# --- learning -----------------------------------------------------------------------------------------
+
+
+def test_the_loss_falls(run):
+    run.train(EPOCHS=10, WARMUP_STEPS=10, LEARNING_RATE=3e-3, EMA_DECAY=0.99, LOG_EVERY=10, SAMPLE_EVERY=100, SAVE_EVERY=100)
+    curves = run.scalars()
+    train, held_out = ([loss for _, loss in curves[tag]] for tag in ("loss/train", "loss/held_out"))
+    assert train[0] > 0.8, "the network does not start near zero, where the loss is the variance of the noise"
+    assert train[-1] < 0.5 * train[0]
+    assert held_out[-1] < 0.6 * held_out[0]
+
+
+def test_the_learning_rate_rises_linearly_to_its_value_and_stays(run):
+    run.train(EPOCHS=1, WARMUP_STEPS=4, LEARNING_RATE=1e-3, LOG_EVERY=1)
+    rates = [rate for _, rate in run.scalars()["optimizer/learning_rate"]]
+    assert rates == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3] + [1e-3] * 7)
+
+
+def first_gradient(run, **settings):
+    """The gradient that Adam was given in step 1, whose first moment is a tenth of it, as one long vector."""
+    run.train(max_steps=1, LOG_EVERY=1, **settings)
+    state = run.state()["optimizer"]["state"]
+    return torch.cat([10 * state[i]["exp_avg"].flatten() for i in range(len(state))])
+
+
+def test_the_gradient_is_clipped_to_grad_clip_and_logged_as_it_was(run):
+    free, clipped = run.to("free"), run.to("clipped")
+    whole, short = first_gradient(free, GRAD_CLIP=0), first_gradient(clipped, GRAD_CLIP=0.01)
+    assert whole.norm() > 0.02
+    torch.testing.assert_close(short, whole * 0.01 / whole.norm(), atol=1e-7, rtol=1e-4)
+    for runner in (free, clipped):
+        assert runner.scalars()["optimizer/gradient_norm"] == [(1, pytest.approx(whole.norm().item(), rel=1e-4))]
+
+
+def test_two_passes_of_four_images_are_one_step_of_eight(run):
+    split = first_gradient(run.to("split"), BATCH_SIZE=4, GRAD_ACCUM_STEPS=2)
+    whole = first_gradient(run.to("whole"), BATCH_SIZE=8, GRAD_ACCUM_STEPS=1)
+    torch.testing.assert_close(split, whole, atol=1e-6 * whole.abs().max().item(), rtol=1e-4)
+    one, other = (run.to(name).scalars()["loss/train"][0][1] for name in ("split", "whole"))
+    assert one == pytest.approx(other, rel=1e-6)
+
+
+# --- files --------------------------------------------------------------------------------------------
+
+
+def test_the_files_are_those_promised(trained):
+    assert set(trained.files("*.pth")) == {
+        f"checkpoints/{name}.pth" for name in ("latest", "latest.previous", "best", "epoch_002", "epoch_003")
+    }
+    assert set(trained.files("*.png")) == {"outputs/samples/epoch_002.png", "outputs/samples/epoch_003.png"}
+    assert not trained.files(".*.part-*"), "half-made files were left"
+
+
+def test_checkpoints_are_plain_dicts_with_the_keys_promised(trained):
+    for name in ("latest", "best", "epoch_002"):
+        state = trained.state(name)
+        assert set(state) == KEYS >= {"model", "ema", "optimizer", "step", "epoch", "config"}
+        assert (state["step"], state["epoch"]) == {"epoch_002": (20, 2)}.get(name, (30, 3))
+        assert state["config"]["UNET_DIM"] == 8
+
+
+def test_best_is_the_lowest_held_out_loss_of_the_ema_weights(run):
+    run.train(EPOCHS=2)
+    run.train(EPOCHS=3, LEARNING_RATE=1.0, accept_changes=True)  # which spoils the weights
+    points = run.scalars()["loss/held_out"]
+    lowest = min(points, key=lambda point: point[1])
+    best = load_checkpoint(run.folder / "checkpoints" / "best.pth")
+    assert (best["step"], best["best_loss"]) == (lowest[0], pytest.approx(lowest[1], rel=1e-6))
+    assert best["epoch"] != 3, "the test wants a run whose last epoch is not its best"
+
+    settings = best["config"]
+    model, diffusion = build_model(settings, len(best["classes"])), build_diffusion(settings)
+    model.load_state_dict(best["ema"])
+    held_out = prepare("folder", run.pictures, "val", 8, settings.CACHE_PATH, 0).to("cpu")
+    errors = []
+    for x_0, t, eps, _ in validation_batches(held_out, settings):
+        abar = diffusion.alphas_cumprod[t].float()[:, None, None, None]
+        with torch.no_grad():
+            errors.append((model.eval()(abar.sqrt() * x_0 + (1 - abar).sqrt() * eps, t) - eps).square().mean((1, 2, 3)))
+    assert torch.cat(errors).mean().item() == pytest.approx(best["best_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["trained", "trained_with_classes"])
+def test_the_preview_shows_what_sample_py_draws(run, kind, request):
+    trained = request.getfixturevalue(kind)
+    epoch = trained.folder / "checkpoints" / "epoch_002.pth"
+    run.sample("--checkpoint", epoch, "--num_samples", 4, "--steps", 3, "--precision", "fp32", "--output_dir", "drawn")
+    sheet = np.array(Image.open(trained.folder / "outputs/samples/epoch_002.png")).astype(int)
+    for i in range(4):
+        top, left = 2 + 10 * (i // 2), 2 + 10 * (i % 2)  # pictures of 8 pixels, gaps of 2
+        drawn = np.array(Image.open(run.folder / "drawn" / f"{i:06}.png")).astype(int)
+        assert abs(sheet[top : top + 8, left : left + 8] - drawn).max() <= 1
+
+
+# --- TensorBoard --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder", ["logs", "logs/tensorboard"])
+def test_tensorboard_shows_curves_grids_and_settings_from_either_folder(trained, folder):
+    folders = [path.parent for path in (trained.folder / folder).rglob("events.out.tfevents.*")]
+    assert folders, f"TensorBoard finds no events below {folder}"
+    tags = trained.events(os.path.relpath(folders[0], trained.folder)).Tags()
+    assert set(tags["scalars"]) == {
+        *("loss/train", "loss/held_out", *(f"loss_by_t/{q}" for q in ("1_least_noise", "2", "3", "4_most_noise"))),
+        *("optimizer/learning_rate", "optimizer/gradient_norm", "progress/epoch"),
+        *("speed/images_per_second", "speed/peak_memory_GiB"),
+    }
+    assert set(tags["images"]) == {"samples/ema", "samples/raw"}
+    assert tags["tensors"] == ["settings/text_summary"]
+
+
+def test_points_stand_where_the_settings_say(trained):
+    curves, grids = trained.scalars(), trained.grids()
+    assert [step for step, _ in curves["loss/train"]] == list(range(3, 31, 3))
+    assert curves["progress/epoch"] == [(10, 1.0), (20, 2.0), (30, 3.0)]
+    assert [step for step, _ in grids["samples/ema"]] == [step for step, _ in grids["samples/raw"]] == [20, 30]
+    settings = trained.events().Tensors("settings/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "| UNET_DIM | 8 |" in settings
+
+
+def test_the_loss_is_the_mean_of_its_quarters(run):
+    run.train(max_steps=4, LOG_EVERY=4, TIME_STEPS=1000)
+    curves = {tag: points[0][1] for tag, points in run.scalars().items()}
+    quarters = [value for tag, value in curves.items() if tag.startswith("loss_by_t/")]
+    assert min(quarters) <= curves["loss/train"] <= max(quarters)
+
+
+# --- as a user starts it ------------------------------------------------------------------------------
+
+
+def start(script, folder, *flags):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / script), *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=folder, env=environment, **pipes)
+
+
+def test_a_process_started_from_the_shell_ends_with_the_weights_of_a_fork(run, trained):
+    with start("train.py", run.folder, *run.flags()) as process:
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert out.endswith("Done: step 30. Draw pictures with: python sample.py --checkpoint checkpoints/best.pth\n")
+    assert differences(run.state(), trained.state()) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux to see how far the process is")
+@pytest.mark.parametrize("script", ["train.py", "sample.py"])
+def test_ctrl_c_while_torch_is_imported_shows_no_traceback(tmp_path, script):
+    with start(script, tmp_path) as process:
+        while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGINT
+    assert out == err == ""
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="there are no terminals of this kind here")
+def test_a_closed_terminal_ends_the_run_as_sigterm_does(run):
+    """Saved, although every line to the terminal that is gone fails."""
+    ours, theirs = os.openpty()
+    process = run.start("train.py", *run.flags(EPOCHS=1000), terminal=os.ttyname(theirs))
+    os.set_blocking(ours, False)
+
+    def has_saved() -> bool:
+        with contextlib.suppress(BlockingIOError):
+            os.read(ours, 1 << 16)  # else the process would wait for somebody to read
+        return (run.folder / "checkpoints/latest.pth").exists()
+
+    process.wait(has_saved)
+    os.close(ours)  # which sends SIGHUP
+    os.close(theirs)
+    assert process.wait().code == 129
+    step = run.state()["step"]
+    assert f"going on after step {step}" in run.train(max_steps=step + 1).out
+
+
+@pytest.mark.slow
+def test_under_torchrun_sigterm_saves_and_the_run_goes_on(run):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", str(ROOT / "train.py")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([*command, *run.flags(EPOCHS=1000)], cwd=run.folder, env=environment, **pipes) as process:
+        while not (run.folder / "checkpoints/latest.pth").exists() and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=120)
+    step = run.state()["step"]
+    assert f"Stopped after step {step} of 10,000" in out, err
+    assert f"going on after step {step}" in run.train(max_steps=step + 1).out
