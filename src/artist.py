@@ -76,7 +76,8 @@ class Artist:
         load_weights(model, state["ema" if flags.weights == "ema" else "model"])
         place(model.eval().requires_grad_(False), self.device)
         self.network: Callable = InPrecision(model, self.device, self.dtype)
-        if should_compile(flags.compile, self.device):
+        self.is_compiled = should_compile(flags.compile, self.device)
+        if self.is_compiled:
             self.network = torch.compile(self.network)
         self.diffusion = build_diffusion(s).to(self.device)
         self.shape = (3, s.IMAGE_SIZE, s.IMAGE_SIZE)
@@ -137,9 +138,12 @@ class Artist:
         frames: as in `draw`, for the first batch."""
         for start in range(0, len(indices), batch_size):
             batch = indices[start : start + batch_size]
-            noise = PictureNoise(seed, batch, self.shape, self.device)
-            y = self.to_y([self.label(i) for i in batch])
-            yield batch, self.draw(noise, y, len(batch), bar, frames if start == 0 else None)
+            drawn = list(batch)
+            if self.is_compiled and start > 0:  # another shape would be compiled anew: fill up the last batch
+                drawn += [drawn[-1]] * (batch_size - len(drawn))
+            noise = PictureNoise(seed, drawn, self.shape, self.device)
+            y = self.to_y([self.label(i) for i in drawn])
+            yield batch, self.draw(noise, y, len(drawn), bar, frames if start == 0 else None)[: len(batch)]
 
 
 def duration(seconds: float) -> str:
