@@ -21,14 +21,11 @@ HORIZONTAL_FLIP = True  # mirror half of the training images at random (DDPM, ap
 UNET_DIM = 128  # channels at full resolution (DDPM, app. B); a multiple of 8, and of 32 from 128 on
 DIM_MULTS = (1, 2, 3, 4)  # channels per level in units of UNET_DIM; each level halves the resolution (iDDPM, 64x64)
 NUM_RES_BLOCKS = 2  # residual blocks per level on the way down, one more on the way up (DDPM, app. B)
-ATTENTION_RESOLUTIONS = (
-    16,
-    8,
-)  # pixels per side at which self-attention follows each block (iDDPM); 0 leaves it to the middle alone
+ATTENTION_RESOLUTIONS = (16, 8)  # pixels per side at which self-attention follows each block (iDDPM); 0: only in the middle
 DROPOUT = 0.0  # probability inside residual blocks; 0 is off (iDDPM, ImageNet-64); 0.1 for small sets (DDPM, CIFAR-10)
 CLASS_CONDITIONAL = False  # true gives the network the class label as well
 LABEL_DROPOUT = 0.1  # share of labels hidden in training, for classifier-free guidance (arXiv:2207.12598); 0 is off
-ACTIVATION_CHECKPOINTING = False  # true computes each block again in the backward pass: less memory, a third more time
+ACTIVATION_CHECKPOINTING = False  # recompute blocks: less memory, a third more time
 
 # --- diffusion --------------------------------------------------------------------------------------
 TIME_STEPS = 1000  # T, steps in the chain (DDPM, sec. 4); costs ancestral sampling time, not training time

@@ -71,8 +71,10 @@ def save_checkpoint(
     try:
         with atomic_file(path) as file:
             torch.save(state, file)
-    except (OSError, RuntimeError) as error:  # torch wraps the failure of a write in a RuntimeError
+    except (OSError, RuntimeError) as error:  # torch hides what a write raises behind a RuntimeError
         cause = error if isinstance(error, OSError) else error.__context__
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from None
         if not isinstance(cause, OSError):
             raise
         needed = 4 * sum(t.nbytes for t in model.state_dict().values())  # the weights, their average, Adam's two moments

@@ -1,11 +1,17 @@
 """What the tests of whole runs share: pictures, trained checkpoints, and a Runner in a folder of the test's own."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.runs import Runner, Zygote, make_pictures
+
+# A shell that starts the tests in the background, or nohup, has signals ignored, and runs heed that: not in the tests.
+for name, default in {"SIGINT": signal.default_int_handler, "SIGHUP": getattr(signal, "SIG_DFL", None)}.items():
+    if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is signal.SIG_IGN:
+        signal.signal(getattr(signal, name), default)
 
 
 @pytest.fixture(scope="session")

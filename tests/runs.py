@@ -133,8 +133,8 @@ class Runner:
         return ended(self.start_train(setup, **changes), code)
 
     def sample(self, *argv: Any, setup: str = "", code: int = 0) -> Process:
-        """A whole run of sample.py."""
-        return ended(self.start("sample.py", *argv, setup=setup), code)
+        """A whole run of sample.py, on the CPU."""
+        return ended(self.start("sample.py", "--device", "cpu", *argv, setup=setup), code)
 
     def state(self, name: str = "latest") -> dict[str, Any]:
         """A checkpoint as the run left it."""

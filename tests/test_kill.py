@@ -28,14 +28,16 @@ SETTINGS = {
 }
 
 
-def where_it_died(folder: Path, output: str) -> str:
+def where_it_died(process: Process, folder: Path) -> str:
     """What a run that was killed was doing, from what it left behind."""
     latest, previous = folder / "latest.pth", folder / "latest.previous.pth"
-    if list(folder.glob(".*.part-*")):
+    if "logs in" not in process.out:
+        return "starting"
+    if list(folder.glob(f".*.part-{process.pid}")):
         return "inside a save"
     if latest.exists() and previous.exists() and latest.samefile(previous):
         return "inside a save"  # between giving latest.pth its second name and opening the new file
-    return "in a step, or saving no file" if "saves to" in output else "starting"
+    return "in a step, or saving no checkpoint"
 
 
 def wait_a_life(process: Process, latest: Path, dice: random.Random) -> None:
@@ -63,7 +65,7 @@ def kill_again_and_again(run: Runner, kills: int, seed: int) -> Counter:
         process.send(signal.SIGKILL)
         assert process.wait().code == -signal.SIGKILL, f"it ended by itself:\n{process.out}{process.err}"
         assert process.err == ""
-        places[where_it_died(folder, process.out)] += 1
+        places[where_it_died(process, folder)] += 1
         for path in folder.glob("*.pth"):
             load_checkpoint(path)  # raises where it is not whole
             places["checkpoints loaded"] += 1

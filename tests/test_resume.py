@@ -1,5 +1,6 @@
 """A resumed run is the same run: bit for bit on a CPU, wherever it stopped and however."""
 
+import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -142,6 +143,14 @@ def test_the_curves_have_one_point_a_step_after_work_that_was_lost(run, uninterr
     lost.wait()
     run.train()
     assert run.scalars() == uninterrupted("plain").scalars()
+
+
+def test_an_earlier_epoch_is_gone_back_to_by_copying_it_over_latest(run, uninterrupted):
+    run.train()
+    checkpoints = run.folder / "checkpoints"
+    shutil.copy(checkpoints / "epoch_002.pth", checkpoints / "latest.pth")
+    assert "going on after step 20" in run.train().out
+    assert_same_run(run, uninterrupted("plain"))
 
 
 # --- randomness follows from (SEED, step) alone -------------------------------------------------------

@@ -54,7 +54,7 @@ def test_it_needs_a_checkpoint_and_no_config(tmp_path, trained, config):
         (program / "config.py").write_text(config)
     empty.mkdir()
     shutil.copy(trained.folder / "checkpoints" / "best.pth", empty)
-    command = [sys.executable, program / "sample.py", "--checkpoint", "best.pth", "--num_samples", "2"]
+    command = [sys.executable, program / "sample.py", "--checkpoint", "best.pth", "--num_samples", "2", "--device", "cpu"]
     subprocess.run(command, cwd=empty, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, timeout=120)
     assert len(list(empty.glob("outputs/pictures/0*.png"))) == 2
 
