@@ -59,7 +59,7 @@ def place(model: nn.Module, device: torch.device) -> None:
 
 
 def should_compile(choice: str, device: torch.device) -> bool:
-    """Whether torch.compile pays: "auto" says yes on CUDA; on two CPU cores it gained nothing and cost minutes."""
+    """Whether torch.compile pays: "auto" says yes on CUDA; on a CPU even a tiny network takes a minute to compile."""
     return device.type == "cuda" if choice == "auto" else choice == "true"
 
 
