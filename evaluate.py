@@ -5,6 +5,8 @@ FID and its relatives by default; --nll, --loss and --nearest for the rest. docs
 
 import signal
 
+import src  # noqa: F401 (before torch: see there)
+
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() listens: Ctrl-C amid the imports shows no traceback
 
@@ -25,7 +27,6 @@ from tqdm import tqdm
 from src import likelihood, noise
 from src.artist import add_drawing_flags, check_drawing_flags, duration
 from src.batches import validation_batches
-from src.device import is_out_of_memory
 from src.evaluation import Evaluation, say, show
 from src.flags import NOT_NEGATIVE, TRUTH, FlagParser, text, whole
 from src.interrupt import StopRequest
@@ -33,8 +34,10 @@ from src.labels import labelled_sheet
 from src.neighbours import nearest_mirrored
 from src.picture_sets import PictureSet, write_npz
 from src.pictures import save_png
+from src.script import run_script
 from src.settings import RULES
 from src.utils import FlagError, UserError, atomic_file, writing_to
+from src.world import World
 
 LOSS_BINS = 20
 SHEET_ROWS, SHEET_NEIGHBOURS = 32, 5  # of the sheet of nearest training pictures
@@ -131,13 +134,15 @@ def measure_distribution(ev: Evaluation) -> dict[str, Any]:
         say("note", f"features of {network.name}: the figures compare with each other, not with published FID")
     if samples is None:
         samples = PictureSet(f"{flags.checkpoint}, drawn", ev.draw(count))
-        if flags.npz:
+        if flags.npz and ev.world.is_main:
             write_npz(ev.out.with_suffix(".npz"), samples.pixels)
-    known = network.is_cached(reference, folder)
+    known = not any(ev.world.max(not network.is_cached(reference, folder)))
     seconds = network.seconds(samples, flags.batch_size, ev.device) * (len(samples) + (0 if known else len(reference)))
     say("features", f"{network.name}: about {duration(seconds)}" + (", the reference's are known" if known else ""))
     drawn = network.extract(samples, flags.batch_size, ev.device)
     real = network.cached(reference, flags.batch_size, ev.device, folder)
+    if not ev.world.is_main:
+        return {}
     statistics = metrics.fid_statistics(network, reference, real, folder)
     figures = metrics.figures(drawn, real, statistics, network.layers, flags.kid_subset_size)
     warnings = metrics.warnings(len(samples), len(reference), len(statistics["mu"]))
@@ -169,24 +174,28 @@ def measure_bound(ev: Evaluation) -> dict[str, Any]:
     if count < 2:
         raise UserError("--nll: there is one held-out picture, and a standard error needs two.")
     parts = likelihood.strata(time_steps, time_steps if flags.exact else min(flags.nll_steps or 20, time_steps))
-    seconds = artist.seconds_per_call(count, flags.batch_size) * count * len(parts)
+    seconds = artist.seconds_per_call(count, flags.batch_size) * count * len(parts) / ev.world.size
     way = "every step" if len(parts) == time_steps else f"{len(parts)} of {time_steps:,} steps, drawn for each picture"
     say("bound", f"{count:,} held-out pictures, {way}: about {duration(seconds)}")
 
     rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(noise.VALIDATION))[:count]
-    prior, terms = [], []  # [B], [B, K] nats
-    with tqdm(total=-(-count // flags.batch_size) * len(parts), unit="step", disable=None, dynamic_ncols=True) as bar:
-        for batch in rows.split(flags.batch_size):
+    nats = torch.zeros(count, 1 + len(parts), dtype=torch.float64)  # of each picture: the prior, then each part
+    starts = artist.parts(count, flags.batch_size)
+    with tqdm(total=len(starts) * len(parts), unit="step", disable=ev.world.hides_bars, dynamic_ncols=True) as bar:
+        for start in starts:
+            batch = rows[start : start + flags.batch_size]
             x_0, y = images.batch(batch)
             keys = noise.address(flags.seed, noise.VALIDATION, batch)
-            prior.append(likelihood.prior_term(artist.diffusion, x_0))
-            columns = []
+            columns = [likelihood.prior_term(artist.diffusion, x_0)]
             for part in parts:
                 labels = y if artist.settings.CLASS_CONDITIONAL else None
                 columns.append(likelihood.stratum_terms(artist.diffusion, artist.network, x_0, part, keys, labels))
                 bar.update()
-            terms.append(torch.stack(columns, 1))
-    prior_bits, term_bits = (likelihood.bits_per_dimension(torch.cat(nats), dimensions) for nats in (prior, terms))
+            nats[start : start + len(batch)] = torch.stack(columns, 1)
+    bits = likelihood.bits_per_dimension(ev.world.sum(nats), dimensions)
+    if not ev.world.is_main:
+        return {}
+    prior_bits, term_bits = bits[:, 0], bits[:, 1:]
     return {
         "bits_per_dimension": bound_figures(prior_bits, term_bits, parts),
         "pictures": ev.held_out(count),
@@ -231,24 +240,27 @@ def measure_loss(ev: Evaluation) -> dict[str, Any]:
     s = s._replace(VAL_IMAGES=ev.flags.val_images or s.VAL_IMAGES)
     images = ev.split("val").to(artist.device)
     count = min(s.VAL_IMAGES, len(images))
-    say("loss", f"{count:,} held-out pictures: about {duration(artist.seconds_per_call(count, s.BATCH_SIZE) * count)}")
-    losses, times = [], []
-    with tqdm(total=count, unit=" pictures", disable=None, dynamic_ncols=True) as bar:
-        for batch in validation_batches(images, s):
-            losses.append(artist.diffusion.eps_losses(artist.network, *batch))
-            times.append(batch.t)
-            bar.update(len(batch.t))
-    loss, t = torch.cat(losses).cpu(), torch.cat(times).cpu()
+    seconds = artist.seconds_per_call(count, ev.flags.batch_size) * count / ev.world.size
+    say("loss", f"{count:,} held-out pictures: about {duration(seconds)}")
+    sums = torch.zeros(2, s.TIME_STEPS, dtype=torch.float64)  # of the losses and of the pictures at each t
+    with tqdm(total=count, unit=" pictures", disable=ev.world.hides_bars, dynamic_ncols=True) as bar:
+        for batch in validation_batches(images, s._replace(BATCH_SIZE=ev.flags.batch_size * ev.world.size), ev.world):
+            loss = artist.diffusion.eps_losses(artist.network, *batch).cpu().double()
+            sums.index_add_(1, batch.t.cpu(), torch.stack([loss, torch.ones_like(loss)]))
+            bar.update(len(batch.t) * ev.world.size)
+    loss_at, count_at = ev.world.sum(sums)
+    if not ev.world.is_main:
+        return {}
     rows = []
     with ev.writer() as writer:
         for k in range(LOSS_BINS):
-            of_bin = loss[t * LOSS_BINS // s.TIME_STEPS == k]
-            if not len(of_bin):
-                continue
             low, high = -(-k * s.TIME_STEPS // LOSS_BINS), -(-(k + 1) * s.TIME_STEPS // LOSS_BINS) - 1
-            rows.append({"t_from": low, "t_to": high, "count": len(of_bin), "loss": of_bin.mean().item()})
+            of_bin = int(count_at[low : high + 1].sum())
+            if not of_bin:
+                continue
+            rows.append({"t_from": low, "t_to": high, "count": of_bin, "loss": loss_at[low : high + 1].sum().item() / of_bin})
             writer.add_scalar("loss/eps_by_t", rows[-1]["loss"], (low + high) // 2)
-    return {"held_out": loss.mean().item(), "pictures": ev.held_out(count), "by_t": rows}
+    return {"held_out": (loss_at.sum() / count_at.sum()).item(), "pictures": ev.held_out(count), "by_t": rows}
 
 
 # --- the nearest training pictures ----------------------------------------------------------------------
@@ -301,6 +313,8 @@ def measure_nearest(ev: Evaluation) -> dict[str, Any]:
         unit = (pool.size / len(pool)) ** 0.5 if view == "pixels" else 1.0  # root mean square, in grey levels
         distances, usual = hits.distances[:, 0] / unit, ordinary.distances[:, 0] / unit
         sheet = ev.out.with_name(f"{ev.out.stem}-nearest-{view}.png")
+        if not ev.world.is_main:
+            continue
         save_png(nearest_sheet(samples, train, hits, unit), sheet)
         found[view] = {
             "mean_distance": distances.mean().item(),
@@ -329,8 +343,8 @@ def nearest_sheet(samples: PictureSet, train: PictureSet, hits: Any, unit: float
 # --- the script -----------------------------------------------------------------------------------------
 
 
-def evaluate(flags: SimpleNamespace) -> None:
-    ev = Evaluation(flags)
+def evaluate(flags: SimpleNamespace, world: World) -> None:
+    ev = Evaluation(flags, world)
     for name, value in ev.report["protocol"].items():
         say(name, value)
     start = time.perf_counter()
@@ -342,6 +356,8 @@ def evaluate(flags: SimpleNamespace) -> None:
     ]:
         if is_asked:
             ev.report[section] = measure(ev)
+            if not world.is_main:
+                continue
             with atomic_file(ev.out) as file:  # after each: an interrupted call keeps what is done
                 file.write((json.dumps(ev.report, indent=2) + "\n").encode())
             show(section, ev.report[section])
@@ -349,28 +365,13 @@ def evaluate(flags: SimpleNamespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    with StopRequest() as stop:
-        try:
-            flags = read_flags(sys.argv[1:] if argv is None else argv)
-            with writing_to(Path(flags.output_dir), "--output_dir"):
-                evaluate(flags)
-            return 0
-        except UserError as error:
-            print(f"evaluate.py: {error}", file=sys.stderr)
-            return error.exit_code
-        except ModuleNotFoundError as error:
-            if error.name != "torch_fidelity":
-                raise
-            print("evaluate.py: torch-fidelity is not installed. Run 'pip install -r requirements.txt'.", file=sys.stderr)
-            return 1
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            print("evaluate.py: Out of memory. Use a smaller --batch_size; it changes no figure.", file=sys.stderr)
-            return 1
-        except KeyboardInterrupt:
-            print("evaluate.py: Stopped at once. Figures printed so far are in the JSON.", file=sys.stderr)
-            return stop.exit_code
+    def body(stop: StopRequest) -> None:
+        flags = read_flags(sys.argv[1:] if argv is None else argv)
+        with World.join() as world, writing_to(Path(flags.output_dir), "--output_dir"):
+            evaluate(flags, world)
+
+    out_of_memory = "Out of memory. Use a smaller --batch_size; it changes no figure."
+    return run_script("evaluate.py", body, lambda: out_of_memory, "Stopped at once. Figures printed so far are in the JSON.")
 
 
 if __name__ == "__main__":

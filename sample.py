@@ -2,6 +2,8 @@
 
 import signal
 
+import src  # noqa: F401 (before torch: see there)
+
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() listens: Ctrl-C amid the imports shows no traceback
 
@@ -19,13 +21,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from src.artist import Artist, add_drawing_flags, check_drawing_flags, duration
-from src.device import describe, is_out_of_memory
+from src.device import describe
 from src.flags import NOT_NEGATIVE, TRUTH, FlagParser, text, whole
 from src.interrupt import StopRequest
 from src.labels import labelled_sheet
 from src.pictures import PictureNoise, grid, save_gif, save_png, slerp
+from src.script import run_script
 from src.settings import RULES
 from src.utils import FlagError, UserError, atomic_file, make_folder, writing_to
+from src.world import World
 
 GRID_PICTURES = 256  # the most that grid.png shows
 
@@ -72,14 +76,14 @@ def read_flags(argv: Sequence[str]) -> SimpleNamespace:
 
 
 def draw_series(artist: Artist, flags: SimpleNamespace, bar: tqdm, frames: list | None, save: Callable) -> Tensor:
-    """Pictures start_index, start_index + 1, ... of the series, each saved as NUMBER.png."""
-    drawn = []
+    """Pictures start_index, start_index + 1, ... of the series, each saved as NUMBER.png. [N, 3, S, S] uint8."""
+    drawn = torch.zeros(flags.num_samples, *artist.shape, dtype=torch.uint8)
     indices = range(flags.start_index, flags.start_index + flags.num_samples)
     for batch, pictures in artist.series(flags.seed, indices, flags.batch_size, bar, frames):
         for index, picture in zip(batch, pictures):
             save(picture, f"{index:06}.png")
-        drawn.append(pictures)
-    return torch.cat(drawn)
+            drawn[index - flags.start_index] = picture
+    return artist.world.sum(drawn)  # those of other processes are zero here
 
 
 def draw_walk(artist: Artist, flags: SimpleNamespace, bar: tqdm, frames: list | None, save: Callable) -> Tensor:
@@ -87,9 +91,9 @@ def draw_walk(artist: Artist, flags: SimpleNamespace, bar: tqdm, frames: list | 
     ends = parse_ends(flags)
     a, b = (PictureNoise(seed, [index], artist.shape, artist.device)(0)[0] for seed, index in ends)
     label_a, label_b = (artist.label(index) for _, index in ends)
-    drawn = []
+    drawn = torch.zeros(flags.interp_steps, *artist.shape, dtype=torch.uint8)
     shares = torch.linspace(0, 1, flags.interp_steps)
-    for start in range(0, len(shares), flags.batch_size):
+    for start in artist.parts(len(shares), flags.batch_size):
         batch = shares[start : start + flags.batch_size]
         x_T = torch.stack([slerp(a, b, share) for share in batch.tolist()])
         y_a, y_b = (artist.to_y([label] * len(batch)) for label in (label_a, label_b))
@@ -103,8 +107,8 @@ def draw_walk(artist: Artist, flags: SimpleNamespace, bar: tqdm, frames: list | 
         pictures = artist.draw(lambda k: x_T, y_a, len(batch), bar, frames if start == 0 else None, network)  # noqa: B023
         for i, picture in enumerate(pictures, start):
             save(picture, f"interpolation_{i:03}.png")
-        drawn.append(pictures)
-    return torch.cat(drawn)
+            drawn[i] = picture
+    return artist.world.sum(drawn)
 
 
 def parse_ends(flags: SimpleNamespace) -> list[tuple[int, int]]:
@@ -128,8 +132,8 @@ def save_labels(path: Path, artist: Artist, flags: SimpleNamespace) -> None:
         file.write(table.getvalue().encode())
 
 
-def sample(flags: SimpleNamespace) -> None:
-    artist, out = Artist(flags), Path(flags.output_dir)
+def sample(flags: SimpleNamespace, world: World) -> None:
+    artist, out = Artist(flags, world), Path(flags.output_dir)
     is_walk = flags.interpolate is not None
     count = flags.interp_steps if is_walk else flags.num_samples
     files = (
@@ -137,7 +141,7 @@ def sample(flags: SimpleNamespace) -> None:
         else [*(f"{flags.start_index + i:06}.png" for i in range(count)), "grid.png", "labels.csv"]
     ) + ["denoising.gif"] * flags.gif + ["samples.npz"] * flags.npz  # fmt: skip
     there = [name for name in files if (out / name).exists()]
-    if there and not flags.overwrite:
+    if world.is_main and there and not flags.overwrite:  # another process may look when the first has begun to write
         raise UserError(
             f"{out / there[0]} exists already, with {len(there) - 1} more. Add --overwrite, or choose another --output_dir."
         )
@@ -151,11 +155,13 @@ def sample(flags: SimpleNamespace) -> None:
 
     start = time.perf_counter()
     frames: list[Tensor] | None = [] if flags.gif else None
-    batches = -(-count // flags.batch_size)
-    with tqdm(total=batches * artist.steps, unit="step", disable=None, dynamic_ncols=True) as bar:
+    batches = len(artist.parts(count, flags.batch_size))
+    with tqdm(total=batches * artist.steps, unit="step", disable=world.hides_bars, dynamic_ncols=True) as bar:
         pictures = (draw_walk if is_walk else draw_series)(
             artist, flags, bar, frames, lambda picture, name: save_png(picture, out / name)
         )
+    if not world.is_main:
+        return
     if is_walk:
         save_png(grid(pictures, columns=count), out / "interpolation.png")
     else:
@@ -175,23 +181,13 @@ def sample(flags: SimpleNamespace) -> None:
 
 
 def main() -> int:
-    with StopRequest() as stop:
-        try:
-            flags = read_flags(sys.argv[1:])
-            with writing_to(Path(flags.output_dir), "--output_dir"):
-                sample(flags)
-            return 0
-        except UserError as error:
-            print(f"sample.py: {error}", file=sys.stderr)
-            return error.exit_code
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            print("sample.py: Out of memory. Use a smaller --batch_size; it changes no picture.", file=sys.stderr)
-            return 1
-        except KeyboardInterrupt:
-            print("sample.py: Stopped at once. The pictures written so far are whole.", file=sys.stderr)
-            return stop.exit_code
+    def body(stop: StopRequest) -> None:
+        flags = read_flags(sys.argv[1:])
+        with World.join() as world, writing_to(Path(flags.output_dir), "--output_dir"):
+            sample(flags, world)
+
+    out_of_memory = "Out of memory. Use a smaller --batch_size; it changes no picture."
+    return run_script("sample.py", body, lambda: out_of_memory, "Stopped at once. The pictures written so far are whole.")
 
 
 if __name__ == "__main__":

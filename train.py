@@ -5,9 +5,12 @@ The same command goes on where the last run stopped.
 
 import signal
 
+import src  # noqa: F401 (before torch: see there)
+
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() listens: Ctrl-C amid the imports shows no traceback
 
+import contextlib
 import math
 import sys
 import time
@@ -24,16 +27,7 @@ from src.batches import TrainBatches, validation_batches
 from src.build import build_diffusion, build_model, build_optimizer
 from src.checkpoint import check_resume, find_latest, keep_previous, remove_parts, restore, save_checkpoint
 from src.dataset import DATASETS, obtain_tiny_imagenet, prepare
-from src.device import (
-    InPrecision,
-    describe,
-    is_out_of_memory,
-    memory_advice,
-    pick_device,
-    pick_precision,
-    place,
-    should_compile,
-)
+from src.device import InPrecision, describe, memory_advice, pick_device, pick_precision, place, should_compile
 from src.diffusion import GaussianDiffusion
 from src.ema import EMA
 from src.guard import FiniteGuard
@@ -44,8 +38,10 @@ from src.meter import Meter
 from src.model import UNet, parameter_count
 from src.monitor import Monitor
 from src.pictures import draw, grid, save_png, to_uint8
+from src.script import run_script
 from src.settings import Run, Settings, as_text, changed_from_defaults, resolve
 from src.utils import UserError, make_folder, writing_to
+from src.world import World
 
 
 @dataclass
@@ -53,6 +49,7 @@ class Training:
     """What a run is made of. Only the last three change hands here; everything else changes inside."""
 
     settings: Settings
+    world: World
     device: torch.device
     dtype: torch.dtype
     images: Images
@@ -76,45 +73,53 @@ class Training:
 
     def save(self, name: str) -> None:
         folder = Path(self.settings.CHECKPOINT_PATH)
-        if name == "latest":
-            keep_previous(folder / "latest.pth")
-        save_checkpoint(
-            folder / f"{name}.pth",
-            **{part: getattr(self, part) for part in ("model", "ema", "optimizer", "scaler", "meter", "settings")},
-            step=self.step,
-            epoch=self.epoch,
-            best_loss=self.best_loss,
-            classes=self.images.classes,
-            class_ids=self.images.class_ids,
-        )
+        self.meter.collect(self.world)
+        if self.world.is_main:
+            if name == "latest":
+                keep_previous(folder / "latest.pth")
+            save_checkpoint(
+                folder / f"{name}.pth",
+                **{part: getattr(self, part) for part in ("model", "ema", "optimizer", "scaler", "meter", "settings")},
+                step=self.step,
+                epoch=self.epoch,
+                best_loss=self.best_loss,
+                classes=self.images.classes,
+                class_ids=self.images.class_ids,
+            )
+        self.world.barrier()  # a GPU that waited for the disk in the next step might wait too long
 
 
-def set_up(run: Run) -> Training:
+def set_up(run: Run, world: World) -> Training:
     """Everything that a run needs, as the last one left it if there was one."""
     s = run.settings
-    device = pick_device(s.DEVICE)
+    world.share(s.BATCH_SIZE)
+    device = pick_device(s.DEVICE, world.local_rank)
     dtype = pick_precision(s.PRECISION, device)
     folder = Path(s.CHECKPOINT_PATH)
-    make_folder(Path(s.OUTPUT_PATH), "--output_path")
-    make_folder(Path(s.LOG_PATH), "--log_path")
-    remove_parts(folder)
-    saved = find_latest(folder)
-    if saved:
-        check_resume(saved["config"], s, run.accept_changes)
-
-    if s.DATASET == "tiny-imagenet":
-        obtain_tiny_imagenet(s.DATA_PATH, s.DATA_URL, s.DATA_SIZE, s.DATA_MD5)
-    images, held_out = (
-        prepare(s.DATASET, s.DATA_PATH, split, s.IMAGE_SIZE, s.CACHE_PATH, s.NUM_WORKERS) for split in ("train", "val")
-    )
+    with world.in_turn():
+        make_folder(Path(s.OUTPUT_PATH), "--output_path")
+        make_folder(Path(s.LOG_PATH), "--log_path")
+        if world.is_main:
+            remove_parts(folder)
+        saved = find_latest(folder)
+        if saved:
+            check_resume(saved["config"], s, run.accept_changes)
+        if s.DATASET == "tiny-imagenet":
+            obtain_tiny_imagenet(s.DATA_PATH, s.DATA_URL, s.DATA_SIZE, s.DATA_MD5)
+        images, held_out = (
+            prepare(s.DATASET, s.DATA_PATH, split, s.IMAGE_SIZE, s.CACHE_PATH, s.NUM_WORKERS) for split in ("train", "val")
+        )
+    world.check_same(saved["step"] if saved else 0, "the step to go on from")
+    world.check_same(len(images), "the number of training images")
     model = build_model(s, len(images.classes)).train()
     place(model, device)
     training = Training(
         settings=s,
+        world=world,
         device=device,
         dtype=dtype,
         images=images,
-        batches=TrainBatches(images.to(device), s),
+        batches=TrainBatches(images.to(device), s, world),
         held_out=held_out.to(device),
         model=model,
         ema=EMA(model, s.EMA_DECAY),
@@ -130,43 +135,50 @@ def set_up(run: Run) -> Training:
                 f"Start anew with another --checkpoint_path."
             )
         restore(saved, model, training.ema, training.optimizer, training.scaler, training.meter)
+        if not world.is_main:
+            training.meter.sums.zero_()  # the first process has them for all
         training.step, training.epoch, training.best_loss = saved["step"], saved["epoch"], saved["best_loss"]
     return training
 
 
-def train(run: Run, stop: StopRequest) -> None:
+def train(run: Run, world: World, stop: StopRequest) -> None:
     """The training loop, from the last save to the end or to a request to stop."""
     with stop.at_once():
-        tr = set_up(run)
+        tr = set_up(run, world)
     s, device, batches = tr.settings, tr.device, tr.batches
     last_step = min(s.EPOCHS * batches.steps_per_epoch, run.max_steps or math.inf)
     print_plan(run, tr, last_step)
-    network: Callable = InPrecision(tr.model, device, tr.dtype)
+    parallel = world.parallel(InPrecision(tr.model, device, tr.dtype), device)
+    network: Callable = parallel
     if should_compile(s.COMPILE, device):
         network = torch.compile(network)
     guard = FiniteGuard(device)
     saved_at = time.monotonic()
-    with Monitor(Path(s.LOG_PATH), tr.step, last_step, batches.images_per_step, device) as monitor, stop.postponed():
+    log_path = Path(s.LOG_PATH) if world.is_main else None
+    with Monitor(log_path, tr.step, last_step, batches.images_per_step, device) as monitor, stop.postponed():
         monitor.text(tr.step, "settings", s._asdict())
         if tr.owes_epoch_end:
             end_epoch(tr, monitor, stop)
             tr.save("latest")
-        is_stopped = tr.owes_epoch_end
+        is_stopped = stop.agree(world)
         while tr.step < last_step and not is_stopped:
             learning_rate = s.LEARNING_RATE * min(1.0, (tr.step + 1) / max(1, s.WARMUP_STEPS))
             tr.optimizer.param_groups[0]["lr"] = learning_rate
             if s.DROPOUT:
-                torch.manual_seed(noise.integer_seed(s.SEED, noise.DROPOUT, tr.step))
+                torch.manual_seed(noise.integer_seed(s.SEED, noise.DROPOUT, tr.step, world.rank))
 
             # The update: GRAD_ACCUM_STEPS passes, one optimizer step.
             loss = torch.zeros((), device=device)
             for micro in range(s.GRAD_ACCUM_STEPS):
                 x_0, t, eps, y = batches(tr.step, micro)  # x_0, eps: [B, 3, S, S]; t, y: [B]
-                losses = tr.diffusion.training_losses(network, x_0, t, eps, y)  # [B], Eq. (14)
-                share = losses.mean() / s.GRAD_ACCUM_STEPS
-                tr.scaler.scale(share).backward()
+                is_last = micro + 1 == s.GRAD_ACCUM_STEPS
+                with contextlib.nullcontext() if is_last else world.keeping_gradients(parallel):
+                    losses = tr.diffusion.training_losses(network, x_0, t, eps, y)  # [B], Eq. (14)
+                    share = losses.mean() / s.GRAD_ACCUM_STEPS
+                    tr.scaler.scale(share).backward()
                 loss += share.detach()
                 tr.meter.add(losses, t)
+            world.sum(loss)  # finite in all processes or in none, as the gradients are
             tr.scaler.unscale_(tr.optimizer)
             norm = nn.utils.clip_grad_norm_(tr.model.parameters(), s.GRAD_CLIP or math.inf)
             tr.meter.add_norm(norm)
@@ -181,11 +193,15 @@ def train(run: Run, stop: StopRequest) -> None:
 
             # What happens every so often. Only here does the loop wait for the device.
             ends_epoch = tr.step % batches.steps_per_epoch == 0
-            save_is_due = 0 < s.SAVE_MINUTES * 60 < time.monotonic() - saved_at
-            must_save = ends_epoch or tr.step == last_step or save_is_due or stop.signal is not None
-            if must_save or tr.step % s.LOG_EVERY == 0 or device.type == "cpu":  # on a CPU there is nothing to wait for
+            waits = ends_epoch or tr.step == last_step or tr.step % s.LOG_EVERY == 0 or device.type == "cpu"
+            must_save = ends_epoch or tr.step == last_step
+            if waits or world.size == 1:
+                save_is_due = 0 < s.SAVE_MINUTES * 60 < time.monotonic() - saved_at
+                must_save |= any(world.max(save_is_due, stop.signal or 0))
+            if waits or must_save:
                 guard.check(s, learning_rate, tr.scaler)
             if tr.step % s.LOG_EVERY == 0:
+                tr.meter.collect(world)
                 monitor.log(tr.step, tr.meter.read() | {"optimizer/learning_rate": learning_rate})
             if ends_epoch:
                 end_epoch(tr, monitor, stop)
@@ -194,18 +210,18 @@ def train(run: Run, stop: StopRequest) -> None:
                 tr.save("latest")  # last: what came before is done again by a run that was killed meanwhile
                 saved_at = time.monotonic()
                 monitor.restart_clock(tr.step)
-                is_stopped = stop.signal is not None  # only here: a signal that came too late for this save waits for the next
+                is_stopped = stop.agree(world)  # only here: a signal that came too late for this save waits for the next
     say_goodbye(tr, last_step)
 
 
 def end_epoch(tr: Training, monitor: Monitor, stop: StopRequest) -> None:
     """Held-out loss and best.pth; now and then a preview grid and a checkpoint to keep. All of it, or where a signal
-    comes nothing: the next start makes up for it."""
+    comes nothing: the next start makes up for it. (Several processes share the work and finish it.)"""
     s, epoch = tr.settings, tr.step // tr.batches.steps_per_epoch
     ema_network, raw_network = (InPrecision(model, tr.device, tr.dtype) for model in (tr.ema.model, tr.model))
     pictures = {}
     try:
-        with stop.at_once():  # this may take minutes
+        with stop.at_once() if tr.world.size == 1 else contextlib.nullcontext():  # this may take minutes
             held_out_loss = validate(tr, ema_network)
             if epoch % s.SAMPLE_EVERY == 0 or epoch == s.EPOCHS:
                 pictures = {"samples/ema": preview(tr, ema_network), "samples/raw": preview(tr, raw_network)}
@@ -216,7 +232,7 @@ def end_epoch(tr: Training, monitor: Monitor, stop: StopRequest) -> None:
     monitor.say(f"epoch {epoch}, step {tr.step:,}: held-out loss {held_out_loss:.5f}")
     for tag, picture in pictures.items():
         monitor.picture(tr.step, tag, picture)
-    if pictures:
+    if pictures and tr.world.is_main:
         with writing_to(Path(s.OUTPUT_PATH), "--output_path"):
             save_png(pictures["samples/ema"], Path(s.OUTPUT_PATH) / "samples" / f"epoch_{epoch:03}.png")
     if held_out_loss < tr.best_loss:
@@ -228,18 +244,23 @@ def end_epoch(tr: Training, monitor: Monitor, stop: StopRequest) -> None:
 
 def validate(tr: Training, network: nn.Module) -> float:
     """Mean squared error of the predicted noise on held-out images, at fixed t and noise; comparable between runs."""
-    losses = [tr.diffusion.eps_losses(network, *batch) for batch in validation_batches(tr.held_out, tr.settings)]
-    return torch.cat(losses).mean().item()
+    sums = torch.zeros(2, dtype=torch.float64)  # of the losses, of the images
+    for batch in validation_batches(tr.held_out, tr.settings, tr.world):
+        losses = tr.diffusion.eps_losses(network, *batch).cpu()
+        sums += torch.stack([losses.double().sum(), torch.tensor(len(losses))])
+    loss, count = tr.world.sum(sums).tolist()
+    return loss / count
 
 
 def preview(tr: Training, network: nn.Module) -> Tensor:
     """A grid of NUM_SAMPLES pictures from always the same noise: those that `sample.py --seed SEED` draws. [3, H, W] uint8."""
-    s, pictures = tr.settings, []
-    for places in torch.arange(s.NUM_SAMPLES).split(s.BATCH_SIZE):
+    s, world = tr.settings, tr.world
+    pictures = torch.zeros(s.NUM_SAMPLES, 3, s.IMAGE_SIZE, s.IMAGE_SIZE, dtype=torch.uint8)
+    for places in torch.arange(s.NUM_SAMPLES).split(tr.batches.size)[world.rank :: world.size]:
         y = places.to(tr.device) % len(tr.images.classes) if s.CLASS_CONDITIONAL else None
         options = dict(sampler="dpm++", steps=min(s.PREVIEW_STEPS, s.TIME_STEPS), y=y)
-        pictures.append(to_uint8(draw(tr.diffusion, network, s.SEED, places.tolist(), s.IMAGE_SIZE, **options)))
-    return grid(torch.cat(pictures))
+        pictures[places] = to_uint8(draw(tr.diffusion, network, s.SEED, places.tolist(), s.IMAGE_SIZE, **options))
+    return grid(world.sum(pictures))  # those of the other processes are zero here
 
 
 def print_plan(run: Run, tr: Training, last_step: int) -> None:
@@ -249,10 +270,11 @@ def print_plan(run: Run, tr: Training, last_step: int) -> None:
     preset = f" (preset {run.preset})" if run.preset else ""
     done = f"going on after step {tr.step:,}" if tr.step else "starting anew"
     held_out = min(s.VAL_IMAGES, len(tr.held_out))
+    together = f"; {tr.world.size} processes of {tr.batches.size} images each" if tr.world.size > 1 else ""
     per_epoch = f"{tr.batches.steps_per_epoch:,} an epoch, {tr.batches.images_per_step} images each"
     for title, text in {
         "settings": (", ".join(changed) or "all defaults") + preset,
-        "device": f"{describe(tr.device)}, {as_text(tr.dtype).removeprefix('torch.')}",
+        "device": f"{describe(tr.device)}, {as_text(tr.dtype).removeprefix('torch.')}{together}",
         "network": f"{parameter_count(tr.model):,} parameters",
         "images": f"{len(tr.images):,} for training, {held_out:,} held out, {s.IMAGE_SIZE}x{s.IMAGE_SIZE}",
         "steps": f"{last_step:,} in all ({per_epoch}), {done}",
@@ -277,24 +299,18 @@ def say_goodbye(tr: Training, last_step: int) -> None:
 
 
 def main() -> int:
-    run = None
-    with StopRequest() as stop:
-        try:
-            run = resolve(config, sys.argv[1:], DATASETS)
-            with FolderLock(Path(run.settings.CHECKPOINT_PATH), "--checkpoint_path"):
-                train(run, stop)
-            return stop.exit_code
-        except UserError as error:
-            print(f"train.py: {error}", file=sys.stderr)
-            return error.exit_code
-        except (RuntimeError, MemoryError) as error:
-            if not run or not is_out_of_memory(error):
-                raise
-            print(f"train.py: {memory_advice(run.settings)}", file=sys.stderr)
-            return 1
-        except KeyboardInterrupt:
-            print("train.py: Stopped at once. What was saved before stands; the same command goes on.", file=sys.stderr)
-            return stop.exit_code
+    run: Run | None = None
+
+    def body(stop: StopRequest) -> None:
+        nonlocal run
+        run = resolve(config, sys.argv[1:], DATASETS)
+        with World.join() as world, contextlib.ExitStack() as held:
+            if world.is_main:
+                held.enter_context(FolderLock(Path(run.settings.CHECKPOINT_PATH), "--checkpoint_path"))
+            train(run, world, stop)
+
+    stopped = "Stopped at once. What was saved before stands; the same command goes on."
+    return run_script("train.py", body, lambda: memory_advice(run.settings) if run else "Out of memory.", stopped)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from src.pictures import PictureNoise, grid, to_uint8
 from src.samplers import SAMPLERS
 from src.settings import RULES
 from src.utils import FlagError
+from src.world import World
 
 DEFAULT_STEPS = {"ddim": 50, "dpm++": 20}  # ddpm takes all that the model was trained with
 GIF_FRAMES, GIF_PICTURES = 50, 16  # the most that denoising.gif shows
@@ -57,7 +58,8 @@ def check_drawing_flags(flags: SimpleNamespace) -> None:
 class Artist:
     """A checkpoint ready to draw: the network, the diffusion, the classes, and how the flags want it done."""
 
-    def __init__(self, flags: SimpleNamespace):
+    def __init__(self, flags: SimpleNamespace, world: World = World()):  # noqa: B008 (immutable)
+        self.world = world
         state = load_checkpoint(Path(flags.checkpoint), mmap=True)
         self.settings, self.classes, self.class_ids = state["config"], state["classes"], state["class_ids"]
         self.step, self.epoch = state["step"], state["epoch"]
@@ -70,7 +72,7 @@ class Artist:
         if not s.CLASS_CONDITIONAL and (flags.classes != "all" or flags.guidance != 1):
             raise FlagError("--classes, --guidance: this checkpoint knows no classes; train with --class_conditional true.")
         self.labels = parse_classes(flags.classes, self.classes, self.class_ids) if s.CLASS_CONDITIONAL else None
-        self.device = pick_device(flags.device)
+        self.device = pick_device(flags.device, world.local_rank)
         self.dtype = pick_precision(flags.precision, self.device)
         model = build_model(s, len(self.classes))
         load_weights(model, state["ema" if flags.weights == "ema" else "model"])
@@ -108,8 +110,9 @@ class Artist:
         return (time.perf_counter() - start) / batch
 
     def seconds(self, pictures: int, batch_size: int) -> float:
-        """How long drawing `pictures` will take."""
-        return self.seconds_per_call(pictures, batch_size) * pictures * self.steps * self.calls_per_step
+        """How long drawing `pictures` will take, by all processes together."""
+        seconds = self.seconds_per_call(pictures, batch_size) * pictures * self.steps * self.calls_per_step
+        return seconds / min(self.world.size, -(-pictures // batch_size))
 
     def draw(
         self,
@@ -131,15 +134,20 @@ class Artist:
             bar.update()
         return to_uint8(x)
 
+    def parts(self, count: int, batch_size: int) -> range:
+        """Where the batches of this process begin: every world.size-th."""
+        return range(self.world.rank * batch_size, count, self.world.size * batch_size)
+
     def series(
         self, seed: int, indices: Sequence[int], batch_size: int, bar: tqdm, frames: list | None = None
     ) -> Iterator[tuple[Sequence[int], Tensor]]:
-        """Pictures number `indices` of the series `seed`, batch by batch: (their numbers, [B, 3, S, S] uint8).
-        frames: as in `draw`, for the first batch."""
-        for start in range(0, len(indices), batch_size):
+        """This process's part of the pictures number `indices` of the series `seed`, batch by batch: (their numbers,
+        [B, 3, S, S] uint8). frames: as in `draw`, for the first batch."""
+        starts = self.parts(len(indices), batch_size)
+        for start in starts:
             batch = indices[start : start + batch_size]
             drawn = list(batch)
-            if self.is_compiled and start > 0:  # another shape would be compiled anew: fill up the last batch
+            if self.is_compiled and start > starts[0]:  # another shape would be compiled anew: fill up the last batch
                 drawn += [drawn[-1]] * (batch_size - len(drawn))
             noise = PictureNoise(seed, drawn, self.shape, self.device)
             y = self.to_y([self.label(i) for i in drawn])

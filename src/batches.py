@@ -14,6 +14,7 @@ from src import noise
 from src.images import DeviceImages
 from src.settings import Settings
 from src.utils import UserError
+from src.world import World
 
 
 class Batch(NamedTuple):
@@ -24,14 +25,17 @@ class Batch(NamedTuple):
 
 
 class TrainBatches:
-    """batches(step, micro) -> Batch, for optimizer step number `step` and its pass number `micro`, both from 0.
+    """batches(step, micro) -> Batch, for optimizer step number `step` and its pass number `micro`, both from 0. Of several
+    processes each gets its share of the batch, a stretch of BATCH_SIZE / world.size images.
 
     Each epoch is a new order of all images, cut into steps of BATCH_SIZE * GRAD_ACCUM_STEPS; what is left over is not
     used in that epoch. Raises UserError where there are fewer images than a step takes.
     """
 
-    def __init__(self, images: DeviceImages, settings: Settings):
+    def __init__(self, images: DeviceImages, settings: Settings, world: World = World()):  # noqa: B008 (immutable)
         self.images, self.settings, self.device = images, settings, images.device
+        self.size = world.share(settings.BATCH_SIZE)  # images per pass of this process
+        self.first = world.rank * self.size
         self.images_per_step = settings.BATCH_SIZE * settings.GRAD_ACCUM_STEPS
         self.steps_per_epoch = len(images) // self.images_per_step
         if not self.steps_per_epoch:
@@ -51,7 +55,8 @@ class TrainBatches:
 
     def __call__(self, step: int, micro: int) -> Batch:
         s = self.settings
-        places = torch.arange(micro * s.BATCH_SIZE, (micro + 1) * s.BATCH_SIZE)
+        first = micro * s.BATCH_SIZE + self.first
+        places = torch.arange(first, first + self.size)
 
         def keys(purpose: int) -> Tensor:
             return noise.address(s.SEED, purpose, step, places)
@@ -66,14 +71,15 @@ class TrainBatches:
         return Batch(x_0, t, eps, torch.where(hidden, -1, y))
 
 
-def validation_batches(images: DeviceImages, settings: Settings) -> Iterator[Batch]:
+def validation_batches(images: DeviceImages, settings: Settings, world: World = World()) -> Iterator[Batch]:  # noqa: B008
     """VAL_IMAGES held-out images, each always with the same t and noise. They depend neither on SEED nor on the batch size,
-    so that runs compare; the steps are spread evenly over [0, T), dealt out at random."""
+    so that runs compare; the steps are spread evenly over [0, T), dealt out at random. Of several processes each gets
+    every world.size-th batch, of as many images as it trains with."""
     count = min(settings.VAL_IMAGES, len(images))
     fixed = torch.Generator().manual_seed(noise.VALIDATION)
     rows = torch.randperm(len(images), generator=fixed)[:count]  # at random: held-out images come class by class
     times = (torch.arange(count) * settings.TIME_STEPS // count)[torch.randperm(count, generator=fixed)]
-    for places in torch.arange(count).split(settings.BATCH_SIZE):
+    for places in torch.arange(count).split(world.share(settings.BATCH_SIZE))[world.rank :: world.size]:
         x_0, y = images.batch(rows[places])
         eps = noise.normal(noise.address(0, noise.VALIDATION, places).to(images.device), x_0.shape[1:])
         yield Batch(x_0, times[places].to(images.device), eps, y if settings.CLASS_CONDITIONAL else None)

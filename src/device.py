@@ -13,15 +13,24 @@ from src.utils import FlagError
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def pick_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is the first there is of CUDA, MPS, CPU. Raises FlagError where it is absent."""
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device called `name`; "auto" is the first there is of CUDA, MPS, CPU. Raises FlagError where it is absent.
+    local_rank: which process on this machine asks; each has a GPU to itself."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(device for device, is_there in there.items() if is_there)
     if not there[name]:
         found = ", ".join(device for device, is_there in there.items() if is_there)
         raise FlagError(f"--device: got {name}, but torch {torch.__version__} finds only: {found}. Use --device auto.")
-    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+    if name != "cuda":
+        return torch.device(name)
+    if local_rank >= torch.cuda.device_count():
+        raise FlagError(
+            f"--device: this machine has {torch.cuda.device_count()} GPUs, too few for process number {local_rank} on it, "
+            f"counted from 0. Give torchrun a smaller --nproc_per_node, or --device cpu."
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
 
 
 def computes_in_bf16(device: torch.device) -> bool:

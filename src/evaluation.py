@@ -16,6 +16,7 @@ from src.device import describe, pick_device
 from src.images import Images
 from src.picture_sets import PictureSet, read_set
 from src.utils import make_folder
+from src.world import World
 
 SPLITS = ("train", "val")
 
@@ -23,12 +24,12 @@ SPLITS = ("train", "val")
 class Evaluation:
     """One call of evaluate.py: what it measures with, made when it is first asked for, and the report that it fills."""
 
-    def __init__(self, flags: SimpleNamespace):
-        self.flags = flags
+    def __init__(self, flags: SimpleNamespace, world: World):
+        self.flags, self.world = flags, world
         own = {None, "train", "val"}  # what only a checkpoint can say
         needed = flags.nll or flags.loss or flags.nearest or flags.samples in own or flags.reference in own
-        self.artist = Artist(flags) if needed else None
-        self.device = self.artist.device if self.artist else pick_device(flags.device)
+        self.artist = Artist(flags, world) if needed else None
+        self.device = self.artist.device if self.artist else pick_device(flags.device, world.local_rank)
         stem = Path(flags.checkpoint).stem if flags.samples is None or not flags.fid else Path(flags.samples).stem
         self.out = Path(flags.output_dir) / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}.json"
         make_folder(self.out.parent, "--output_dir")
@@ -78,9 +79,10 @@ class Evaluation:
         if name not in self.splits:
             assert self.artist
             s, path = self.artist.settings, self.flags.data_path or self.artist.settings.DATA_PATH
-            if s.DATASET == "tiny-imagenet":
-                obtain_tiny_imagenet(path, s.DATA_URL, s.DATA_SIZE, s.DATA_MD5)
-            self.splits[name] = prepare(s.DATASET, path, name, s.IMAGE_SIZE, self.cache, s.NUM_WORKERS)
+            with self.world.in_turn():
+                if s.DATASET == "tiny-imagenet":
+                    obtain_tiny_imagenet(path, s.DATA_URL, s.DATA_SIZE, s.DATA_MD5)
+                self.splits[name] = prepare(s.DATASET, path, name, s.IMAGE_SIZE, self.cache, s.NUM_WORKERS)
         return self.splits[name]
 
     def pictures(self, source: str, flag: str) -> PictureSet:
@@ -101,7 +103,8 @@ class Evaluation:
         if self.network is None:
             from src.features import load_features
 
-            self.network = load_features(self.flags.features or "inception", self.device)
+            with self.world.in_turn():  # the first may have to download the weights
+                self.network = load_features(self.flags.features or "inception", self.device, self.world)
         return self.network
 
     def draw(self, count: int) -> np.ndarray:
@@ -110,10 +113,12 @@ class Evaluation:
             assert self.artist
             flags, artist = self.flags, self.artist
             say("drawing", f"{count:,} pictures: about {duration(artist.seconds(count, flags.batch_size))}")
-            self.drawn = np.empty((count, *artist.shape), dtype=np.uint8)
-            with tqdm(total=-(-count // flags.batch_size) * artist.steps, unit="step", disable=None, dynamic_ncols=True) as bar:
+            drawn = torch.zeros(count, *artist.shape, dtype=torch.uint8)
+            steps = len(artist.parts(count, flags.batch_size)) * artist.steps
+            with tqdm(total=steps, unit="step", disable=self.world.hides_bars, dynamic_ncols=True) as bar:
                 for batch, pictures in artist.series(flags.seed, range(count), flags.batch_size, bar):
-                    self.drawn[batch[0] : batch[-1] + 1] = pictures.numpy()
+                    drawn[batch[0] : batch[-1] + 1] = pictures
+            self.drawn = self.world.sum(drawn).numpy()
         return self.drawn[:count]
 
     def writer(self) -> SummaryWriter:

@@ -29,6 +29,7 @@ from src.device import synchronize
 from src.download import fetch, plain_reason
 from src.picture_sets import PictureSet
 from src.utils import FlagError, UserError, atomic_file
+from src.world import World
 
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"  # of the published weights
 INCEPTION_BYTES = 95628359
@@ -79,21 +80,28 @@ class FeatureNetwork:
     name: for people.   key: for file names; says the weights too.   comparable: whether its FID is what papers report.
     """
 
-    def __init__(self, module: FeatureExtractorBase, layers: dict[str, str], name: str, key: str, comparable: bool):
+    def __init__(
+        self, module: FeatureExtractorBase, layers: dict[str, str], name: str, key: str, comparable: bool, world: World
+    ):
         self.module, self.layers, self.name, self.key, self.comparable = module, layers, name, key, comparable
+        self.world = world
 
     def extract(self, pictures: PictureSet, batch_size: int, device: torch.device) -> dict[str, Tensor]:
-        """{layer: [N, D] float32 on the CPU}, with a progress bar."""
-        found: dict[str, list[Tensor]] = {layer: [] for layer in self.module.features_list}
-        with tqdm(total=len(pictures), desc=f"features of {pictures.name}", unit=" pictures", disable=None) as bar:
-            for start in range(0, len(pictures), batch_size):
+        """{layer: [N, D] float32 on the CPU}, with a progress bar. Several processes share the work."""
+        found: dict[str, Tensor] = {}
+        title, world = f"features of {pictures.name}", self.world
+        with tqdm(total=len(pictures), desc=title, unit=" pictures", disable=world.hides_bars) as bar:
+            for part, start in enumerate(range(0, len(pictures), batch_size)):
                 batch = torch.from_numpy(np.array(pictures.pixels[start : start + batch_size])).to(device)
-                with torch.no_grad():
-                    outputs = self.module(batch)
-                for layer, output in zip(self.module.features_list, outputs):
-                    found[layer].append(output.float().cpu())
+                if part == 0 or part % world.size == world.rank:  # the first shows every process the shapes
+                    with torch.no_grad():
+                        outputs = self.module(batch)
+                    for layer, output in zip(self.module.features_list, outputs):
+                        rows = found.setdefault(layer, torch.zeros(len(pictures), output.shape[1]))
+                        if part % world.size == world.rank:
+                            rows[start : start + batch_size] = output
                 bar.update(len(batch))
-        return {layer: torch.cat(parts) for layer, parts in found.items()}
+        return {layer: world.sum(rows) for layer, rows in found.items()}
 
     def seconds(self, pictures: PictureSet, batch_size: int, device: torch.device) -> float:
         """How long one picture takes, from one batch; the first call, which allocates and picks kernels, does not count."""
@@ -111,14 +119,15 @@ class FeatureNetwork:
     def cached(self, pictures: PictureSet, batch_size: int, device: torch.device, folder: Path) -> dict[str, Tensor]:
         """As `extract`, read from `folder` where these pictures went through this network before."""
         files = {layer: self.cache_file(pictures, layer, folder) for layer in self.module.features_list}
+        features, is_missing = {}, True
         with contextlib.suppress(OSError, ValueError, EOFError):  # not there, or damaged: made again
             features = {layer: torch.from_numpy(np.load(file, allow_pickle=False)) for layer, file in files.items()}
-            if all(len(part) == len(pictures) for part in features.values()):
-                return features
-        features = self.extract(pictures, batch_size, device)
-        for layer, file in files.items():
-            with atomic_file(file) as out:
-                np.save(out, features[layer].numpy())
+            is_missing = any(len(part) != len(pictures) for part in features.values())
+        if any(self.world.max(is_missing)):
+            features = self.extract(pictures, batch_size, device)
+            for layer, file in files.items():
+                with atomic_file(file) as out:
+                    np.save(out, features[layer].numpy())
         return features
 
     def is_cached(self, pictures: PictureSet, folder: Path) -> bool:
@@ -133,7 +142,7 @@ def names() -> list[str]:
     return ["inception", "random", *(name for name in FEATURE_EXTRACTORS_REGISTRY if name != "inception-v3-compat")]
 
 
-def load_features(name: str, device: torch.device) -> FeatureNetwork:
+def load_features(name: str, device: torch.device, world: World = World()) -> FeatureNetwork:  # noqa: B008 (immutable)
     """The network that --features names: inception, random, another of torch-fidelity's, or a file of Inception weights.
     Downloads the weights where they are not there yet. Raises UserError, saying what to fetch and where to put it."""
     weights, digest, path = {}, "", Path(name)
@@ -157,7 +166,7 @@ def load_features(name: str, device: torch.device) -> FeatureNetwork:
         module = kind("inception-v3-compat" if digest else name, list(dict.fromkeys(layers.values())), **weights)
     is_inception = digest == INCEPTION_SHA256
     key = f"{'inception' if digest else name}{digest and '-' + digest[:8]}-tf{torch_fidelity_version}"
-    return FeatureNetwork(module.to(device).eval().requires_grad_(False), layers, label, key, is_inception)
+    return FeatureNetwork(module.to(device).eval().requires_grad_(False), layers, label, key, is_inception, world)
 
 
 def published_inception() -> Path:

@@ -8,6 +8,8 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+from src.world import World
+
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
@@ -79,6 +81,13 @@ class StopRequest:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for handle in self.terminals:
             os.dup2(nowhere, handle)
+
+    def agree(self, world: World) -> bool:
+        """Whether a signal came, to this process or to another that works with it: then to all."""
+        number = world.max(self.signal or 0)[0]
+        if number:
+            self.signal = number
+        return bool(number)
 
     @property
     def exit_code(self) -> int:

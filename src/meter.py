@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from src.world import World
+
 QUARTERS = ("1_least_noise", "2", "3", "4_most_noise")  # of [0, T)
 
 
@@ -24,6 +26,12 @@ class Meter:
 
     def add_norm(self, norm: Tensor) -> None:
         self.norms += torch.stack(finite(norm))
+
+    def collect(self, world: World) -> None:
+        """Bring the losses of all processes together in the first one, which logs and saves."""
+        world.sum(self.sums)
+        if not world.is_main:
+            self.sums.zero_()
 
     def state_dict(self) -> dict[str, Tensor]:
         """So that the first point after a resume is the mean that the uninterrupted run would have shown."""

@@ -4,7 +4,9 @@ import contextlib
 import math
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,24 +19,33 @@ from src.utils import writing_to
 SECONDS_PER_LINE = 60  # between lines of progress where there is no terminal for a bar
 
 
+class Nowhere:
+    """A SummaryWriter that writes nothing, for all processes but the first."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **options: None
+
+
 class Monitor:
     """One run's TensorBoard events at log_path and its progress bar, which is lines of text where there is no terminal.
+    log_path None: nothing of either.
 
     A run resumed after `first_step` steps hides what an earlier one wrote past it (TensorBoard's purge_step).
     """
 
-    def __init__(self, log_path: Path, first_step: int, last_step: int, images_per_step: int, device: torch.device):
+    def __init__(self, log_path: Path | None, first_step: int, last_step: int, images_per_step: int, device: torch.device):
         self.log_path, self.last_step = log_path, last_step
         self.hook, threading.excepthook = threading.excepthook, lambda _: None  # SummaryWriter raises its thread's errors
         with self.writing():
-            self.writer = SummaryWriter(log_path, purge_step=first_step + 1, flush_secs=20)
-        self.bar = tqdm(total=last_step, initial=first_step, unit="step", disable=None, smoothing=0.05, dynamic_ncols=True)
+            self.writer: Any = SummaryWriter(log_path, purge_step=first_step + 1, flush_secs=20) if log_path else Nowhere()
+        is_silent = None if log_path else True  # None: no bar where there is no terminal
+        self.bar = tqdm(total=last_step, initial=first_step, unit="step", disable=is_silent, smoothing=0.05, dynamic_ncols=True)
         self.device, self.images_per_step = device, images_per_step
         self.restart_clock(first_step)
         self.line_clock = self.clock
 
     def writing(self) -> contextlib.AbstractContextManager:
-        return writing_to(self.log_path, "--log_path")
+        return writing_to(self.log_path or Path(), "--log_path")
 
     def restart_clock(self, step: int) -> None:
         """Leave what happened since the last point (saving, previews) out of the images per second."""

@@ -66,11 +66,14 @@ class Zygote:
 
 
 class Process:
-    """A run that has been started in `folder`, where it leaves stdout.txt and stderr.txt unless a terminal is given."""
+    """A run that has been started in `folder`, where it leaves stdout.txt and stderr.txt unless a terminal is given.
+    name: goes before the dot, to tell the processes of one job apart."""
 
-    def __init__(self, zygote: Zygote, folder: Path, script: str, argv: list[str], setup: str, terminal: str | None):
+    def __init__(
+        self, zygote: Zygote, folder: Path, script: str, argv: list[str], setup: str, terminal: str | None, name: str = ""
+    ):
         self.zygote = zygote
-        self.out_path, self.err_path = Path(terminal or folder / "stdout.txt"), Path(terminal or folder / "stderr.txt")
+        self.out_path, self.err_path = (Path(terminal or folder / f"{stream}{name}.txt") for stream in ("stdout", "stderr"))
         self.out_path.touch()  # so that it can be read before the process has made it
         self.err_path.touch()
         files = {"cwd": str(folder), "stdout": str(self.out_path), "stderr": str(self.err_path)}
@@ -121,9 +124,9 @@ class Runner:
         settings = {name: value for name, value in (TINY | paths | changes).items() if value is not None}
         return [word for name, value in settings.items() for word in as_flags({name: value}).replace("'", "").split(" ", 1)]
 
-    def start(self, script: str, *argv: Any, setup: str = "", terminal: str | None = None) -> Process:
+    def start(self, script: str, *argv: Any, setup: str = "", terminal: str | None = None, name: str = "") -> Process:
         self.folder.mkdir(exist_ok=True)
-        return Process(self.zygote, self.folder, script, [str(word) for word in argv], setup, terminal)
+        return Process(self.zygote, self.folder, script, [str(word) for word in argv], setup, terminal, name)
 
     def start_train(self, setup: str = "", **changes: Any) -> Process:
         return self.start("train.py", *self.flags(**changes), setup=setup)

@@ -23,6 +23,7 @@ from src.meter import Meter
 from src.neighbours import nearest, nearest_mirrored
 from src.picture_sets import PictureSet
 from src.settings import resolve
+from src.world import World
 
 CPU = torch.device("cpu")
 PICTURES = 120  # 114 for training, 6 held out
@@ -161,7 +162,7 @@ def test_exact_and_drawn_bounds_agree_and_terms_add_up(run):
 def test_the_loss_is_the_one_that_train_logs(run):
     s = run.settings
     held_out = prepare("folder", s.DATA_PATH, "val", 16, s.CACHE_PATH, 0).to("cpu")
-    tr = SimpleNamespace(diffusion=build_diffusion(s), held_out=held_out, settings=s)
+    tr = SimpleNamespace(diffusion=build_diffusion(s), held_out=held_out, settings=s, world=World())
     loss = run.call("--loss")["loss"]
     assert loss["held_out"] == pytest.approx(train.validate(tr, run.model.eval()), rel=1e-6)  # another memory layout
     bins = loss["by_t"]

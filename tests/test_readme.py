@@ -1,8 +1,10 @@
 """Every command of the README works when pasted, every file it names is there, and every setting it quotes is config.py's."""
 
 import importlib
+import os
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -85,6 +87,24 @@ def test_sample_commands_run(command, workplace, monkeypatch, tmp_path):
     monkeypatch.chdir(workplace)
     run(f"{command} --num_samples 3 --interp_steps 3 --output_dir {tmp_path}", monkeypatch)
     assert list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("torchrun")])
+def test_torchrun_commands_run(command, workplace, tmp_path):
+    small = SMALL if "train.py" in command else "--num_samples 3 --steps 2 --device cpu"
+    small += f" {'--checkpoint_path' if 'train.py' in command else '--output_dir'} {tmp_path / 'out'}"
+    _, *words = shlex.split(f"{command} {small}".replace("nproc_per_node=8", "nproc_per_node=2"))
+    words = [str(ROOT / word) if word.endswith(".py") else word for word in words]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *words],
+        cwd=workplace,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "out").glob("latest.pth" if "train.py" in command else "samples.npz"))
 
 
 def test_each_flag_of_sample_has_an_example():

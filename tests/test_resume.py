@@ -81,10 +81,10 @@ import os, signal, time, src.batches
 
 batches = src.batches.validation_batches
 
-def slow_batches(images, settings):
+def slow_batches(*args):
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(300)
-    yield from batches(images, settings)
+    yield from batches(*args)
 
 src.batches.validation_batches = slow_batches
 """
