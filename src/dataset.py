@@ -119,9 +119,9 @@ def sampled_fingerprint(dataset: Labelled, image_size: int) -> str:
 
 
 class Chunks(Dataset):
-    """Chunk i of a dataset, decoded: (uint8 [K, 3, S, S], int64 [K]), or the message of what went wrong.
+    """Chunk i of a dataset, decoded: (uint8 [K, 3, S, S], int64 [K]), or a line for each picture that cannot be read.
 
-    A message, because an exception would leave a worker process as a traceback. numpy arrays, because tensors
+    Lines, because an exception would leave a worker process as a traceback. numpy arrays, because tensors
     would travel through /dev/shm, of which containers often have 64 MB.
     """
 
@@ -132,15 +132,15 @@ class Chunks(Dataset):
         return math.ceil(len(self.dataset) / CHUNK)
 
     def __getitem__(self, chunk: int) -> tuple[np.ndarray, np.ndarray] | str:
-        images, labels = [], []
-        try:
-            for index in range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(self.dataset))):
+        images, labels, faults = [], [], []
+        for index in range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(self.dataset))):
+            try:
                 image, label = self.dataset[index]
                 images.append(to_uint8(image, self.image_size))
                 labels.append(int(label))
-        except UserError as error:
-            return str(error)
-        return np.stack(images), np.array(labels, dtype=np.int64)
+            except UserError as error:
+                faults.append(str(error))
+        return "\n".join(faults) or (np.stack(images), np.array(labels, dtype=np.int64))
 
 
 def as_it_is(chunk):
@@ -163,11 +163,16 @@ def decoded(dataset: Labelled, image_size: int, num_workers: int) -> Iterator[tu
     )
     try:
         with tqdm(total=len(dataset), desc="decoding", unit=" images", unit_scale=True, disable=None) as bar:
+            faults: list[str] = []
             for chunk in loader:
                 if isinstance(chunk, str):
-                    raise UserError(chunk)
-                yield chunk
-                bar.update(len(chunk[1]))
+                    faults += chunk.splitlines()
+                elif not faults:
+                    yield chunk
+                bar.update(CHUNK if isinstance(chunk, str) else len(chunk[1]))
+        if faults:  # all of them at once: who mends one and starts again should not meet the next
+            more = [f"... and {len(faults) - 20:,} more."] if len(faults) > 20 else []
+            raise UserError("\n".join(faults[:20] + more))
     except RuntimeError as error:
         if "DataLoader worker" in str(error):
             raise UserError(

@@ -13,6 +13,7 @@ from src.download import extract, fetch
 from src.utils import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+UNREAD = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".jfif", ".psd", ".svg", ".dng", ".cr2", ".nef", ".arw")  # said, not read
 ARCHIVE = "tiny-imagenet-200.zip"
 OFFICIAL = {"train": 100_000, "val": 10_000}  # pictures of Tiny ImageNet, in 200 classes
 
@@ -137,6 +138,10 @@ class ImageFolder(Files):
                 f"{path.absolute()} holds {total} pictures, at least 2 are needed. Found there: "
                 f"{what_is_in(path)}. Pictures end in {' '.join(SUFFIXES)}."
             )
+
+        unread = [name for folder in folders_below(path) for name in os.listdir(folder) if name.lower().endswith(UNREAD)]
+        if unread and split == "train":
+            print(f"note: {len(unread):,} files such as {unread[0]} are left out; save them as JPEG or PNG to train on them")
 
         held_out = min(max(round(total / 20), 1), 2000)
         found, seen = [], 0

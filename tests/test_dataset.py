@@ -2,10 +2,13 @@
 
 import io
 import os
+import re
+import struct
 import subprocess
 import sys
 import textwrap
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -163,21 +166,82 @@ def test_transparency_lies_on_white(tmp_path):
     palette = Image.new("P", (20, 20), 1)
     palette.putpalette([0, 0, 0, 9, 9, 9])
     assert centre(saved(palette, tmp_path / "p.png", transparency=1)) == [255, 255, 255]
+    assert centre(saved(palette, tmp_path / "p.gif", transparency=1)) == [255, 255, 255]
+    grey = Image.new("LA", (20, 20), (0, 64))
+    assert centre(saved(grey, tmp_path / "la.png")) == [191, 191, 191]
+    for mode, colour in (("L", 9), ("RGB", (9, 9, 9))):  # one colour of all stands for nothing
+        assert centre(saved(Image.new(mode, (20, 20), colour), tmp_path / "key.png", transparency=colour)) == [255, 255, 255]
 
 
-def test_the_camera_s_rotation_is_undone(tmp_path):
+def png_of_16_bits(path, pixels):
+    """Pillow writes no colour PNG of 16 bits: by hand. pixels: uint16 [H, W, channels]."""
+    height, width, channels = pixels.shape
+    kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    chunks = {b"IHDR": struct.pack(">2I5B", width, height, 16, kind, 0, 0, 0), b"IDAT": zlib.compress(rows), b"IEND": b""}
+    with open(path, "wb") as file:
+        file.write(b"\x89PNG\r\n\x1a\n")
+        for name, data in chunks.items():
+            file.write(struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)))
+    return Image.open(path)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_16_bits_are_scaled_and_not_clipped(tmp_path, channels):
+    levels = np.arange(256, dtype=np.uint16) * 257  # 257 = 65535 / 255
+    pixels = np.broadcast_to(levels[None, :, None], (256, 256, channels)).copy()
+    if channels in (2, 4):
+        pixels[..., -1] = 65535
+    read = to_uint8(png_of_16_bits(tmp_path / "16.png", pixels), 256)
+    assert np.array_equal(read, np.broadcast_to(np.arange(256), (3, 256, 256)))
+
+
+def test_a_print_shop_s_jpeg_has_its_colours(tmp_path):
+    for cmyk, rgb in {(0, 255, 255, 0): (255, 0, 0), (255, 0, 0, 0): (0, 255, 255), (0, 0, 0, 255): (0, 0, 0)}.items():
+        image = saved(Image.new("CMYK", (20, 20), cmyk), tmp_path / "cmyk.jpg", quality=95)
+        assert image.mode == "CMYK"
+        np.testing.assert_allclose(centre(image), rgb, atol=3)
+
+
+def test_pictures_smaller_than_the_image_size_keep_their_colour(tmp_path):
+    for size in ((1, 1), (3, 500), (500, 3)):
+        image = saved(Image.new("RGB", size, (10, 200, 30)), tmp_path / "small.png")
+        assert (to_uint8(image, 32) == np.array([10, 200, 30])[:, None, None]).all()
+
+
+# EXIF orientation -> how the camera's pixels must be turned, by its definition: where row 0 and column 0 really are.
+TURNS = {
+    1: lambda p: p,
+    2: lambda p: p[:, ::-1],
+    3: lambda p: p[::-1, ::-1],
+    4: lambda p: p[::-1],
+    5: lambda p: p.transpose(1, 0, 2),
+    6: lambda p: p[::-1].transpose(1, 0, 2),
+    7: lambda p: p[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda p: p[:, ::-1].transpose(1, 0, 2),
+}
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp", "tif", "jpg"])
+def test_the_camera_s_rotation_is_undone(tmp_path, suffix):
     pixels = np.zeros((16, 16, 3), np.uint8)
-    pixels[:8] = 255  # bright above
-    exif = Image.Exif()
-    exif[0x0112] = 3  # upside down
-    turned = to_uint8(saved(Image.fromarray(pixels), tmp_path / "a.jpg", exif=exif), 16)
-    assert turned[:, :6].mean() < 10 and turned[:, 10:].mean() > 245
+    pixels[:8, :8], pixels[:8, 8:], pixels[8:, :8] = (255, 0, 0), (0, 255, 0), (0, 0, 255)  # four corners, four colours
+    for orientation, turn in TURNS.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        options = {"jpg": {"quality": 100, "subsampling": 0}, "webp": {"lossless": True}}.get(suffix, {})
+        turned = to_uint8(saved(Image.fromarray(pixels), tmp_path / f"{orientation}.{suffix}", exif=exif, **options), 16)
+        expected = turn(pixels).transpose(2, 0, 1)
+        assert np.abs(turned.astype(int) - expected).max() <= 8, f"orientation {orientation}"
 
 
-def test_an_animation_gives_its_first_frame(tmp_path):
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.tif"])
+def test_an_animation_gives_its_first_frame(tmp_path, name):
     frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
-    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-    assert centre(Image.open(tmp_path / "a.gif")) == [255, 0, 0]
+    frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+    image = Image.open(tmp_path / name)
+    assert image.n_frames == 2
+    np.testing.assert_allclose(centre(image), [255, 0, 0], atol=3)
 
 
 def test_a_picture_that_fits_is_not_touched_and_others_are_cut_to_the_central_square():
@@ -238,6 +302,55 @@ def test_twenty_odd_pictures_are_read_and_what_is_none_is_named(tmp_path):
     with pytest.raises(UserError, match=r"no picture.jpg is not a picture.*Delete it or move it"):
         for split in ("train", "val"):
             prepare("folder", folder, split, 32, tmp_path / "cache", 0)
+
+
+def test_strays_are_left_out_and_links_that_run_in_a_circle_are_followed_once(tmp_path):
+    kept = ["A.JPG", "b.Tiff", "a name with späces ☃.png", "sub/c.webp", "sub/deep/er/d.ppm"]
+    make_folder(tmp_path, [*kept, ".hidden.png", "._A.JPG", ".thumbs/e.png", "__MACOSX/f.png"])
+    for stray in (".DS_Store", "notes.txt", "jpg", "sub/list.csv"):
+        (tmp_path / stray).write_text("x")
+    (tmp_path / "folder.png").mkdir()
+    if os.name != "nt":  # where links need a permission
+        (tmp_path / "sub" / "up").symlink_to("..")
+        (tmp_path / "gone.png").symlink_to("nowhere.png")
+    found = [file for split in ("train", "val") for file in ImageFolder(tmp_path, split).files]
+    assert sorted(Path(file).relative_to(tmp_path).as_posix() for file in found) == sorted(kept)
+
+
+def test_train_py_copes_with_odd_pictures_and_names_one_that_is_none(run, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    odd_pictures(folder)
+    settings = dict(DATA_PATH=folder, CACHE_PATH=tmp_path / "cache", VAL_IMAGES=1, EPOCHS=1, SAMPLE_EVERY=1)
+    assert "19 images of 1 class at 8x8" in run.to("odd").train(**settings).out
+    for name, content, says in [
+        ("no picture.jpg", b"hello", "is not a picture, or is damaged at its start"),
+        ("empty.png", b"", "is not a picture, or is damaged at its start"),
+        ("half.jpg", (folder / "huge.jpg").read_bytes()[:20_000], "cannot be decoded (image file is truncated"),
+    ]:
+        (folder / name).write_bytes(content)
+        refused = run.to("refused").train(**settings, code=1)
+        assert re.fullmatch(f"train.py: .*{re.escape(name)} {re.escape(says)}.*Delete it or move it elsewhere.*\n", refused.err)
+        (folder / name).unlink()
+    run.to("refused").train(**settings)
+
+
+def test_all_damaged_pictures_are_named_in_one_go_and_photographs_left_out_are_noted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(dataset_module, "CHUNK", 4)  # faults in several chunks
+    make_folder(tmp_path / "pictures", [f"{i:02}.png" for i in range(40)])
+    damaged = {f"{i:02}.png" for i in range(0, 40, 3)}
+    for name in damaged:
+        (tmp_path / "pictures" / name).write_text("hello")
+    (tmp_path / "pictures" / "IMG_1.HEIC").write_bytes(b"x")
+    named = set()
+    for split in ("train", "val"):
+        try:
+            prepare("folder", tmp_path / "pictures", split, 8, tmp_path / "cache", 0)
+        except UserError as error:
+            named |= set(re.findall(r"\d\d\.png", str(error)))
+    assert named == damaged
+    assert capsys.readouterr().out.count("note: 1 files such as IMG_1.HEIC are left out") == 1
+    assert not list((tmp_path / "cache").glob("*train*")), "a cache was made all the same"
 
 
 @pytest.mark.parametrize("workers", [0, 2])
