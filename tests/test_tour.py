@@ -1,0 +1,283 @@
+"""docs/tour.md is true: each link leads to the line that it quotes, each count is right, each example works when applied.
+
+    python -m tests.test_tour
+
+writes the numbers anew, of the links and of the table of lines, and says what it cannot mend.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+TOUR = ROOT / "docs" / "tour.md"
+TEXT = TOUR.read_text(encoding="utf-8")
+CODE = ("config.py", "train.py", "sample.py", "evaluate.py", "src/*.py", "benchmarks/*.py")
+NEW_ROW = "benchmarks"  # where a file goes that is in no row yet; move it by hand
+
+# [src/ema.py:28](../src/ema.py#L28) | `the fragment`: the two may be cells of a table or follow each other.
+LINK = re.compile(r"\[([\w/]+\.py):(\d+)\]\(\.\./([\w/]+\.py)#L(\d+)\)([\s|]*`([^`\n]+)`)?")
+COUNT = re.compile(r"`([\w/]+\.py)` (\d+)")
+ROW = re.compile(r"^\| (.+?) \| (`.*?) \| ([\d,]+) \|$", re.MULTILINE)
+TOTAL = re.compile(r"^\| in total \| \| ([\d,]+) \|$", re.MULTILINE)
+
+
+# --- links ------------------------------------------------------------------------------------------
+
+
+def lines_with(file: str, fragment: str) -> list[int]:
+    """The numbers, from 1, of the lines of a file that hold the fragment."""
+    path = ROOT / file
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [number for number, line in enumerate(lines, start=1) if fragment in line]
+
+
+def complaint(link: re.Match) -> str:
+    """What is wrong with a link of the tour; "" where it is right."""
+    file, number, target, anchor, _, fragment = link.groups()
+    if fragment is None:
+        return f"{file}:{number} is followed by no `line of code`"
+    found = lines_with(file, fragment)
+    if len(found) != 1:
+        return f"{file} has `{fragment}` on {len(found)} lines instead of one: quote another fragment"
+    if target != file or not int(number) == int(anchor) == found[0]:
+        return f"{file}:{number} `{fragment}` is now at line {found[0]}"
+    return ""
+
+
+def test_each_link_leads_to_the_line_that_it_quotes():
+    links = list(LINK.finditer(TEXT))
+    assert len(links) == TEXT.count(".py#L") >= 50
+    wrong = [problem for link in links if (problem := complaint(link))]
+    assert not wrong, "\n".join([*wrong, "python -m tests.test_tour writes the numbers anew"])
+
+
+def test_a_line_that_moved_is_named_with_its_new_place():
+    (number,) = lines_with("src/ema.py", "class EMA")
+    moved, gone, several = (
+        LINK.search(f"[src/ema.py:3](../src/ema.py#L3) | `{fragment}` |") for fragment in ("class EMA", "never there", "self")
+    )
+    assert complaint(moved) == f"src/ema.py:3 `class EMA` is now at line {number}"
+    assert "on 0 lines" in complaint(gone) and "instead of one" in complaint(several)
+
+
+# --- lines of code ----------------------------------------------------------------------------------
+
+
+def code_files() -> dict[str, int]:
+    """{file: its lines that are not blank}, without files that hold none."""
+    found = [path for pattern in CODE for path in sorted(ROOT.glob(pattern))]
+    counts = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in found}
+    return {file: n for file, text in counts.items() if (n := sum(bool(line.strip()) for line in text.splitlines()))}
+
+
+def test_lines_of_code_are_counted_right():
+    counts, listed = code_files(), dict(COUNT.findall(TEXT))
+    assert len(COUNT.findall(TEXT)) == len(listed), "a file is listed twice"
+    wrong = [f"{file} has {counts.get(file, 0)} lines, the tour says {listed.get(file, 'nothing')}"
+             for file in {**counts, **listed} if str(counts.get(file)) != listed.get(file)]  # fmt: skip
+    assert not wrong, "\n".join([*wrong, "python -m tests.test_tour counts anew"])
+    for title, files, total in ROW.findall(TEXT):
+        assert total == f"{sum(int(n) for _, n in COUNT.findall(files)):,}", f"the sum of {title}"
+    assert TOTAL.findall(TEXT) == [f"{sum(counts.values()):,}"]
+
+
+# --- examples ---------------------------------------------------------------------------------------
+# A ```diff block is `--- FILE`, then lines: "-" are in the file and go, " " are and stay, "+" come. Those of one place
+# stand together, and a place is found by its "-" and " " lines.
+
+
+def example(heading: str) -> str:
+    found = re.search(rf"### {heading}\n.*?```diff\n(.*?)```", TEXT, re.DOTALL)
+    assert found
+    return found[1]
+
+
+def places(diff: str) -> Iterator[tuple[str, str, str]]:
+    """(file, text there is, text there shall be) of each change: "+" lines, what they replace, what they stand before."""
+    for part in re.split(r"^--- ", diff, flags=re.MULTILINE)[1:]:
+        file, _, body = part.partition("\n")
+        for place in re.findall(r"(?:^\+.*\n)*(?:^[- ].*\n)+(?:^\+.*\n)*", body, re.MULTILINE):
+            old, new = ("".join(line[1:] for line in place.splitlines(True) if line[0] in kinds) for kinds in ("- ", "+ "))
+            yield file, old, new
+
+
+def apply(diff: str, folder: Path) -> None:
+    for file, old, new in places(diff):
+        text = (folder / file).read_text(encoding="utf-8")
+        assert text.count(old) == 1, f"docs/tour.md changes lines that {file} no longer has:\n{old}"
+        (folder / file).write_text(text.replace(old, new), encoding="utf-8")
+
+
+@pytest.fixture
+def copy(tmp_path) -> Path:
+    """The repository, to be changed, and some pictures as an .npz."""
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for script in ("config.py", "train.py", "sample.py"):
+        shutil.copy(ROOT / script, folder)
+    shutil.copytree(ROOT / "src", folder / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    random = np.random.default_rng(0)
+    np.savez(folder / "pictures.npz", arr_0=random.integers(0, 256, (60, 12, 12, 3), dtype=np.uint8), arr_1=np.arange(60) % 3)
+    for i in range(40):
+        (folder / "pictures").mkdir(exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / "pictures" / f"{i}.png")
+    return folder
+
+
+SMALL = (
+    "--dataset folder --data_path pictures --image_size 8 --unet_dim 8 --dim_mults 1,2 --attention_resolutions 0 "
+    "--num_res_blocks 1 --batch_size 8 --val_images 2 --num_samples 4 --preview_steps 2 --num_workers 0 --device cpu "
+    "--compile false --epochs 1 --warmup_steps 1"
+)
+
+
+def execute(folder: Path, program: str) -> str:
+    """What a program prints that runs in a copy: there, `run("train.py --flag value")` is what a user types."""
+    start = """
+        import importlib, shlex, sys
+        def run(line):
+            sys.argv = shlex.split(line)
+            assert importlib.import_module(sys.argv[0].removesuffix(".py")).main() == 0, line
+    """
+    code = textwrap.dedent(start) + textwrap.dedent(program)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_dataset_example_trains(copy):
+    apply(example("A dataset"), copy)
+    out = execute(copy, f"""run("train.py {SMALL} --dataset npz --data_path pictures.npz --class_conditional true")""")
+    assert "npz train: 57 images of 3 classes at 8x8" in out and "npz val: 3 images" in out
+    assert (copy / "checkpoints" / "latest.pth").exists()
+
+
+def test_what_sample_npz_writes_is_a_dataset_of_the_example(copy):
+    apply(example("A dataset"), copy)
+    program = """
+        from src.dataset import DATASETS
+        import numpy as np
+        np.savez("samples.npz", arr_0=np.zeros((40, 8, 8, 3), np.uint8))
+        for split, count in (("train", 38), ("val", 2)):
+            dataset = DATASETS["npz"]("samples.npz", split, 8)
+            assert len(dataset) == count and dataset[1][0].shape == (8, 8, 3) and dataset[1][1] == 0
+    """
+    execute(copy, program)
+
+
+def test_the_sampler_example_draws_and_is_nearer_to_the_truth_than_a_method_of_first_order(copy):
+    apply(example("A sampler"), copy)
+    program = f"""
+        import torch
+        from src.diffusion import GaussianDiffusion, at
+        diffusion, mean, std = GaussianDiffusion(), 0.3, 0.2
+
+        def denoiser(x, t, y):  # E[eps | x_t] for data from N(mean, std^2): the exact picture is known in closed form
+            signal, sigma = at(diffusion.signal, t), at(diffusion.sigma, t)
+            return sigma * (x - signal * mean) / (signal**2 * std**2 + sigma**2)
+
+        x_T = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        abar = diffusion.alphas_cumprod[-1].item()
+        exact = mean + std * (x_T - abar**0.5 * mean) / (abar * std**2 + 1 - abar) ** 0.5
+        def error(sampler, steps):
+            x = diffusion.sample(denoiser, x_T.shape, sampler=sampler, steps=steps, noise=x_T, clip_denoised=False)
+            return (x - exact).abs().max().item()
+
+        print("errors", error("heun", 200), error("ddim", 400))  # as many network calls
+        run("train.py {SMALL}")
+        run("sample.py --sampler heun --steps 5 --num_samples 2 --device cpu")
+    """
+    heun, ddim = map(float, re.search(r"errors (\S+) (\S+)", execute(copy, program)).groups())
+    assert heun < 0.01 and heun < 0.6 * ddim
+    assert (copy / "outputs" / "pictures" / "000001.png").exists()
+
+
+def test_the_schedule_example_ends_in_noise_and_trains(copy):
+    apply(example("A schedule"), copy)
+    program = f"""
+        from src.diffusion import test_diffusion
+        test_diffusion()
+        run("train.py {SMALL} --beta_schedule sigmoid")
+    """
+    assert "step 4: held-out loss" in execute(copy, program)
+
+
+def test_the_conditioning_example_trains_and_the_network_heeds_what_it_is_told(copy):
+    apply(example("A conditioning"), copy)
+    program = f"""
+        run("train.py {SMALL}")
+        import torch
+        from src.build import build_diffusion, build_model
+        from src.checkpoint import Path, load_checkpoint
+        state = load_checkpoint(Path("checkpoints/latest.pth"))
+        model = build_model(state["config"], 1)
+        model.load_state_dict(state["model"])
+        x_T, grey = torch.randn(2, 3, 8, 8), torch.rand(2, 1, 8, 8)
+        diffusion = build_diffusion(state["config"])
+        dark, bright = (diffusion.sample(model, x_T.shape, "dpm++", 5, noise=x_T, y=y) for y in (grey, 1 + grey))
+        assert not torch.equal(dark, bright)
+    """
+    assert "step 4: held-out loss" in execute(copy, program)
+    assert list((copy / "outputs" / "samples").glob("*.png"))
+
+
+# --- python -m tests.test_tour ------------------------------------------------------------------------
+
+
+def with_links(text: str) -> str:
+    """The tour with each link at the line where its fragment is now, if that is one."""
+
+    def renew(link: re.Match) -> str:
+        file, number, *_, tail, fragment = link.groups()
+        found = lines_with(file, fragment or "")
+        line = found[0] if fragment and len(found) == 1 else number
+        return f"[{file}:{line}](../{file}#L{line}){tail or ''}"
+
+    return LINK.sub(renew, text)
+
+
+def with_counts(text: str) -> str:
+    """The tour with its table of lines counted anew: files that went are out, new ones in the row NEW_ROW."""
+    counts = code_files()
+    strangers = [file for file in counts if file not in dict(COUNT.findall(text))]
+
+    def renew(row: re.Match) -> str:
+        title, files, _ = row.groups()
+        names = [file for file, _ in COUNT.findall(files) if file in counts] + strangers * (title == NEW_ROW)
+        listed = ", ".join(f"`{file}` {counts[file]}" for file in names)
+        return f"| {title} | {listed} | {sum(counts[file] for file in names):,} |"
+
+    return TOTAL.sub(f"| in total | | {sum(counts.values()):,} |", ROW.sub(renew, text))
+
+
+def test_writing_the_numbers_anew_mends_them_and_changes_nothing_else():
+    spoiled = re.sub(r"(:|#L)\d+(?=[\])])", r"\g<1>7", TEXT)
+    spoiled = COUNT.sub(r"`\1` 7", spoiled).replace("`src/ema.py` 7, ", "`src/gone.py` 7, ")
+    assert not any(complaint(link) for link in LINK.finditer(with_links(spoiled)))
+    mended = dict(COUNT.findall(with_counts(spoiled)))
+    assert mended == {file: str(n) for file, n in code_files().items()}
+    assert with_counts(with_links(TEXT)) == TEXT
+
+
+def main() -> int:
+    text = with_counts(with_links(TEXT))
+    TOUR.write_text(text, encoding="utf-8")
+    problems = [problem for link in LINK.finditer(text) if (problem := complaint(link))]
+    changed = sum(a != b for a, b in zip(TEXT.splitlines(), text.splitlines()))
+    print("\n".join([*problems, f"docs/tour.md: {changed} lines changed, {len(problems)} to mend by hand"]))
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
