@@ -1,6 +1,7 @@
 """How fast is one training step, ours and other libraries', in turns on the same machine, as a Markdown table.
 
     python -m benchmarks.train_step
+    python -m benchmarks.train_step --apart
     python -m benchmarks.train_step --batches 16,64,256 --only ours,diffusers --variants graphs,loss
 
 Peers that are not installed (pip install -r requirements-bench.txt) are left out. Models of unequal size compare by GFLOP/s:
@@ -8,6 +9,8 @@ pictures per second times the FLOPs of a training step, three times the forward 
 """
 
 import gc
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -39,7 +42,7 @@ from benchmarks.ours import VARIANTS, Step
 from benchmarks.peers import MODES, STEPS, UNETS, is_installed
 from src.build import build_model
 from src.device import is_out_of_memory, pick_device, synchronize
-from src.flags import whole, wholes
+from src.flags import TRUTH, text, whole, wholes
 from src.model import parameter_count
 from src.settings import Settings
 
@@ -83,7 +86,7 @@ class Contestant:
             for _ in range(3 if device.type == "cuda" else 0):  # CUDA graphs are recorded in the second and third
                 step()
             synchronize(device)
-        self.gib = memory.gib
+        self.gib = memory.gib if not isinstance(step, Apart) else None
         return step
 
 
@@ -105,6 +108,36 @@ def contestants(flags: SimpleNamespace, s: Settings, device: torch.device) -> It
         x_0, _ = images.to(device).batch(torch.arange(s.BATCH_SIZE))
         for mode in flags.modes:
             yield Contestant(f"{peer}, {mode}", partial(STEPS[peer], s, x_0, mode), *size)
+
+
+class Apart:
+    """A contestant in a process of its own, one step a call. On a CPU the way in which memory is asked for is the process's:
+    src/__init__.py sets it for ours, and peers go without, as their scripts do."""
+
+    def __init__(self, name: str, batch: int):
+        words = [*sys.argv[1:], "--serve", name, "--batches", str(batch)]
+        own = {} if name.startswith("ours") else {"THP_MEM_ALLOC_ENABLE": "0"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.train_step", *words],
+            env=os.environ | own,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __call__(self) -> None:
+        print(file=self.process.stdin, flush=True)
+        if not self.process.stdout.readline():  # type: ignore[union-attr]
+            raise RuntimeError(f"its process ended with {self.process.wait()}")
+
+
+def serve(contestant: Contestant, device: torch.device) -> None:
+    """What the other end of Apart does: a step for each line."""
+    step = contestant.make()
+    for _ in sys.stdin:
+        step()
+        synchronize(device)
+        print("done", flush=True)
 
 
 def size_of(model: nn.Module, s: Settings) -> tuple[int, float]:
@@ -197,11 +230,16 @@ def measure(flags: SimpleNamespace) -> None:
     on_gpu = device.type == "cuda"
     rounds = flags.rounds or (2 if flags.tiny else 7)
     steps = flags.steps or (10 if on_gpu and not flags.tiny else 1)
-    about = ceilings(device, ceiling_dtype(device), flags.tiny)
+    about = ceilings(device, ceiling_dtype(device), flags.tiny) if not flags.serve else {}
     found = []
     for batch in flags.batches or ((2,) if flags.tiny else (16, 64, 256) if on_gpu else (8,)):
         s = settings_for(flags, batch_size=batch)
         entered = list(contestants(flags, s, device))
+        if flags.serve:
+            return serve(next(c for c in entered if c.name == flags.serve), device)
+        if flags.apart:
+            for contestant in entered:
+                contestant.make = partial(Apart, contestant.name, batch)
         order = race(entered, rounds, steps, device)
         print(f"batch {batch}: {len(entered)} contestants {order}", file=sys.stderr)
         found += [row | {"order": order} for row in rows(entered, batch, about["matmul_tflops"])]
@@ -217,6 +255,13 @@ FLAGS = [
     ("--variants", some_of(VARIANTS), "ours compiled in other ways as well (default: none)", ()),
     ("--rounds", whole(1), "turns of each (default: 7)", None),
     ("--steps", whole(1), "steps in a turn (default: 10 on CUDA, else 1)", None),
+    ("--apart", TRUTH, "each contestant in a process of its own; GiB is then unknown (default: false)", False),
+    (
+        "--serve",
+        text("the name of a contestant", r".+", "NAME"),
+        "what --apart starts: a step for each line of stdin",
+        None,
+    ),
     TRAIN_FLAGS,
 ]
 
