@@ -52,8 +52,10 @@ def to_uint8(x: Tensor) -> Tensor:
 
 
 def grid(pictures: Tensor, columns: int | None = None) -> Tensor:
-    """[B, 3, S, S] uint8 to one picture [3, H, W], near a square, two dark pixels between."""
-    columns = min(columns or math.ceil(math.sqrt(len(pictures))), len(pictures))
+    """[B, 3, S, S] uint8 to one picture [3, H, W], two dark pixels between: near a square, in full rows if that can be."""
+    root = math.ceil(math.sqrt(len(pictures)))
+    full = (width for width in range(root, 3 * root // 2) if len(pictures) % width == 0)
+    columns = min(columns or next(full, root), len(pictures))
     rows = -(-len(pictures) // columns)
     places = F.pad(pictures, (2, 0, 2, 0, 0, 0, 0, rows * columns - len(pictures)), value=32)  # empty ones at the end
     sheet = places.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)  # [3, rows x H, columns x W]

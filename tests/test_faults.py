@@ -24,6 +24,7 @@ from PIL import Image
 from src.checkpoint import load_checkpoint
 from tests.runs import ROOT, Process, Runner, differences, ended, signal_at
 from tests.test_resume import SLOW_VALIDATION
+from tests.test_world import train_all
 
 
 class Row(NamedTuple):
@@ -180,6 +181,14 @@ def two_runs(run):
     first.send(signal.SIGCONT)
     ended(first, 0)
     return process
+
+
+@fault("One of several processes is killed")
+def one_of_two_is_killed(run):
+    survivor, killed = train_all(run, 2, codes=[1, -signal.SIGKILL], setups={1: signal_at(23, 0, "SIGKILL")})
+    assert killed.err == ""
+    assert run.state()["step"] == 20
+    return survivor
 
 
 def is_stopped(pid: int) -> bool:
