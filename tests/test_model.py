@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import src.model
 from src.diffusion import GaussianDiffusion
-from src.model import Attention, GroupNorm, UNet, norm_groups, parameter_count, sinusoid
+from src.model import Attention, UNet, Upsample, norm_groups, parameter_count, sinusoid
+from src.norm import GroupNorm
 
 
 def tiny(image_size=16, speaks=True, **options):
@@ -72,9 +73,39 @@ def test_the_default_network_has_92_million_parameters():
 
 
 def test_a_forward_pass_of_the_default_takes_60_gflop_an_image():
-    with FakeTensorMode(), FlopCounterMode(display=False) as counter, torch.no_grad():  # shapes alone, nothing is computed
-        UNet()(torch.empty(1, 3, 64, 64), torch.zeros(1, dtype=torch.int64))
-    assert counter.get_total_flops() == pytest.approx(60.6e9, rel=0.002)
+    def flops() -> int:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            UNet()(torch.empty(1, 3, 64, 64), torch.zeros(1, dtype=torch.int64))
+        return counter.get_total_flops()
+
+    with torch.device("meta"):  # shapes alone, nothing is computed
+        assert flops() == pytest.approx(60.6e9, rel=0.002)
+    with FakeTensorMode():  # the same with a CPU's short cut in Upsample
+        assert flops() == pytest.approx(55.9e9, rel=0.002)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_upsample_is_a_convolution_over_doubled_pixels(layout):
+    torch.manual_seed(0)
+    layer = Upsample(6).double()
+    x = torch.randn(2, 6, 5, 5, dtype=torch.float64).to(memory_format=layout).requires_grad_()
+    wanted = F.conv2d(x.repeat_interleave(2, 2).repeat_interleave(2, 3), layer.weight, layer.bias, padding=1)
+    out, against = layer(x), torch.randn_like(wanted)
+    torch.testing.assert_close(out, wanted)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    inputs = (x, layer.weight, layer.bias)
+    for ours, theirs in zip(torch.autograd.grad(out, inputs, against), torch.autograd.grad(wanted, inputs, against)):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_upsample_rounds_to_bf16_no_more_than_the_plain_convolution():
+    torch.manual_seed(0)
+    layer, x = Upsample(32), torch.randn(2, 32, 8, 8)
+    exact = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, plain = layer(x), F.conv2d(F.interpolate(x, scale_factor=2), layer.weight, layer.bias, padding=1)
+    assert ours.dtype == torch.bfloat16
+    assert (ours - exact).norm() < 1.1 * (plain - exact).norm()
 
 
 @pytest.mark.parametrize("size", [32, 64, 128, 256])
@@ -265,6 +296,36 @@ def test_group_norm_is_that_of_torch_and_stays_in_the_precision_of_its_input():
         half = ours(x.bfloat16())
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), theirs(x), atol=0.05, rtol=0.02)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("offset", [0.0, 3.0])
+def test_group_norm_has_the_derivative_of_torch_in_bf16(layout, offset):
+    torch.manual_seed(0)
+    layer = GroupNorm(4, 16)
+    nn.init.normal_(layer.weight), nn.init.normal_(layer.bias)
+    x = (torch.randn(3, 16, 6, 6) + offset).bfloat16().to(memory_format=layout).requires_grad_()
+    dy = torch.randn(3, 16, 6, 6).bfloat16().to(memory_format=layout)
+    inputs = (x, layer.weight, layer.bias)
+
+    def error(y: torch.Tensor, of_weights: bool) -> list[float]:
+        """Relative to float64: of the gradient of x alone, or of those of weight and bias."""
+        exact = F.group_norm(x.double(), 4, layer.weight.double(), layer.bias.double())
+        pairs = zip(torch.autograd.grad(y, inputs, dy), torch.autograd.grad(exact, inputs, dy.double()))
+        errors = [((ours.double() - theirs.double()).norm() / theirs.double().norm()).item() for ours, theirs in pairs]
+        return errors[1:] if of_weights else errors[:1]
+
+    half = [parameter.bfloat16() for parameter in (layer.weight, layer.bias)]
+    assert layer(x).is_contiguous(memory_format=layout)
+    assert error(layer(x), False) <= [1.1 * e for e in error(F.group_norm(x, 4, *half), False)]
+    assert max(error(layer(x), True)) < 0.01 * (1 + offset)
+
+
+def test_group_norm_gives_the_same_with_and_without_gradients():
+    layer, x = GroupNorm(4, 16), torch.randn(2, 16, 6, 6).bfloat16()
+    kept = layer(x)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), kept, atol=0.02, rtol=0.01)
 
 
 def test_under_bf16_autocast_the_prediction_is_float32_and_nearly_the_same():
