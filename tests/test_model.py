@@ -396,3 +396,22 @@ def test_a_copy_is_another_network_with_the_same_weights():
 
 def test_the_self_test_passes():
     src.model.test_model()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_network_in_bf16_is_as_near_to_float32_as_the_eager_one(backend):
+    model, (x, t, y) = tiny(8, dim=8, dim_mults=(1,), attention_resolutions=(), num_classes=4), batch(image_size=8)
+    model = model.to(memory_format=torch.channels_last)
+    exact, wanted = model(x, t, y).detach(), gradients(model, x, t, y)
+
+    def errors(network) -> tuple[float, float]:
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = network(x, t, y)
+        out.square().mean().backward()
+        apart = sum((parameter.grad - wanted[name]).square().sum() for name, parameter in model.named_parameters())
+        return ((out - exact).norm() / exact.norm()).item(), (apart / sum(g.square().sum() for g in wanted.values())).sqrt().item()
+
+    eager, compiled = errors(model), errors(torch.compile(model, fullgraph=True, backend=backend))
+    assert max(eager) < 0.02
+    assert all(ours < 1.5 * theirs for ours, theirs in zip(compiled, eager))
