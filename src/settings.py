@@ -119,7 +119,8 @@ def resolve(config: ModuleType, argv: Sequence[str], dataset_names: Collection[s
 
 def train_flags(config: ModuleType, constants: Mapping, presets: Mapping[str, Mapping]) -> FlagParser:
     """The flags of train.py: those of a run itself, then one per constant, grouped as config.py is."""
-    wrap = textwrap.TextWrapper(shutil.get_terminal_size().columns - 2, break_on_hyphens=False)
+    columns = max(40, shutil.get_terminal_size().columns)  # some terminals have 0
+    wrap = textwrap.TextWrapper(columns - 2, break_on_hyphens=False)
     wrap.initial_indent, wrap.subsequent_indent = "  ", "    "
     listed = [wrap.fill(f"{preset}: {as_flags(changes)}") for preset, changes in presets.items()]
     parser = FlagParser(

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -37,6 +36,8 @@ class World:
         if world.size == 1:
             yield world
             return
+        if not world.is_main:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # sys.stdout, and what torch's own code prints past it
         store, *_ = next(dist.rendezvous("env://", timeout=PATIENCE))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it outlives a restart, with addresses of the dead
             store = dist.PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
@@ -44,8 +45,6 @@ class World:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=PATIENCE)
         world.barrier()  # one that ends at once, on a bad flag say, must not take the store from those still arriving
-        if not world.is_main:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
         yield world
         dist.destroy_process_group()  # after an error the process ends without: the others may be gone
 

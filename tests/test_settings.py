@@ -1,5 +1,6 @@
 """What a run may be told: flags over preset over config.py, and one clear sentence for everything else."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -340,6 +341,12 @@ def help_text(monkeypatch, capsys):
         resolve(config, ["--help"])
     assert ended.value.code == 0
     return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("columns", [0, 1])
+def test_a_terminal_that_says_no_width_is_no_hindrance(monkeypatch, columns):
+    monkeypatch.setattr("shutil.get_terminal_size", lambda *_: os.terminal_size((columns, 0)))  # what Python 3.10 may get
+    assert resolve(config, ["--preset", "demo"]).preset == "demo"
 
 
 def test_help_fits_100_columns_in_two_lines_a_flag(help_text):
