@@ -3,33 +3,34 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm that stays in the precision of its input. Autocast would lift group_norm, and what it keeps for the
+    """GroupNorm that stays in the precision of its input. Autocast would lift it, and what it keeps for the
     backward pass, to float32: twice the memory, for nothing, since the kernels sum in float32 all the same."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, C, S, S].   Returns the same shape and precision."""
-        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and torch.is_grad_enabled():
-            return _GroupNormBf16.apply(x, self.weight, self.bias, self.num_groups, self.eps)
-        return normalize(x, self.weight.to(x.dtype), self.bias.to(x.dtype), self.num_groups, self.eps)[0]
+        if torch.is_grad_enabled() and is_slow(x):
+            return _GroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
-def normalize(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The kernel beneath group_norm, which autocast leaves alone: (y, mean, 1 / deviation), the latter [B, groups]."""
-    batch, channels, height, width = x.shape
-    return torch.native_group_norm(x, weight, bias, batch, channels, height * width, groups, eps)
+def is_slow(x: Tensor) -> bool:
+    """Whether PyTorch's backward pass takes three times as long as the formula (torch 2.15; docs/performance.md)."""
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.is_contiguous(memory_format=torch.channels_last)
 
 
-class _GroupNormBf16(torch.autograd.Function):
-    """group_norm with its derivative written out over [B, S^2, C], which is how channels_last lies in memory. PyTorch's own
-    takes 3 times as long there in bfloat16 on a CPU (torch 2.15; docs/performance.md), 8% of a training step."""
+class _GroupNorm(torch.autograd.Function):
+    """group_norm with its derivative written out over [B, S^2, C], which is how channels_last lies in memory."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-        y, mean, rstd = normalize(x, weight, bias, groups, eps)
+        batch, channels, height, width = x.shape
+        y, mean, rstd = torch.native_group_norm(x, weight, bias, batch, channels, height * width, groups, eps)
         ctx.save_for_backward(x, weight, mean, rstd)
         return y
 

@@ -142,6 +142,16 @@ def test_accumulated_gradients_are_sent_once_a_step_and_are_those_of_one_process
     assert [value for _, value in parts.scalars()["loss/train"]] == pytest.approx(losses, rel=1e-4)
 
 
+# In the process itself, for speed; all but the last of what torch.compile does, generating code.
+COMPILED = "import functools, torch; torch.compile = functools.partial(torch.compile, backend='aot_eager')"
+
+
+def test_compiled_networks_in_two_processes_give_the_losses_and_the_grid_of_one_that_is_not(run, alone):
+    first, _ = train_all(run, 2, setups={0: COMPILED, 1: COMPILED}, **STEPS_50 | {"COMPILE": True})
+    assert "COMPILE true" in first.out
+    assert_nearly_the_same_run(run, alone)
+
+
 # --- faults -------------------------------------------------------------------------------------------
 
 
