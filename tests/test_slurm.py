@@ -26,7 +26,8 @@ def test_the_batch_script_saves_and_queues_again_when_its_time_is_up_and_then_fi
         path.chmod(0o755)
     preamble = f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
     (run.folder / "train.py").write_text(preamble + f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n")
-    slurm = {"SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "localhost"}
+    job_id = str(os.getpid())  # the port follows from it
+    slurm = {"SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_ID": job_id, "SLURM_JOB_NODELIST": "localhost"}
     environment = os.environ | slurm | {"PATH": f"{run.folder}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
 
     def submit(output, epochs: int) -> subprocess.Popen:
@@ -43,7 +44,7 @@ def test_the_batch_script_saves_and_queues_again_when_its_time_is_up_and_then_fi
         assert job.wait(60) == 0
         text = (run.folder / "job.txt").read_text()
         assert "Stopped after step" in text
-        assert (run.folder / "scontrol.txt").read_text() == "requeue 77\n"
+        assert (run.folder / "scontrol.txt").read_text() == f"requeue {job_id}\n"
         step = run.state()["step"]
         assert step >= 20, "epoch 2 had been reported"
 
@@ -51,4 +52,4 @@ def test_the_batch_script_saves_and_queues_again_when_its_time_is_up_and_then_fi
         assert submit(output, epochs).wait(60) == 0
         assert f"going on after step {step:,}" in (run.folder / "job.txt").read_text()
         assert run.state()["step"] == epochs * 10
-        assert (run.folder / "scontrol.txt").read_text() == "requeue 77\n", "a finished job was queued again"
+        assert (run.folder / "scontrol.txt").read_text() == f"requeue {job_id}\n", "a finished job was queued again"
