@@ -180,7 +180,7 @@ def measure_bound(ev: Evaluation) -> dict[str, Any]:
 
     rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(noise.VALIDATION))[:count]
     nats = torch.zeros(count, 1 + len(parts), dtype=torch.float64)  # of each picture: the prior, then each part
-    starts = artist.parts(count, flags.batch_size)
+    starts = ev.world.mine(range(0, count, flags.batch_size))
     with tqdm(total=len(starts) * len(parts), unit="step", disable=ev.world.hides_bars, dynamic_ncols=True) as bar:
         for start in starts:
             batch = rows[start : start + flags.batch_size]

@@ -93,7 +93,7 @@ def draw_walk(artist: Artist, flags: SimpleNamespace, bar: tqdm, frames: list | 
     label_a, label_b = (artist.label(index) for _, index in ends)
     drawn = torch.zeros(flags.interp_steps, *artist.shape, dtype=torch.uint8)
     shares = torch.linspace(0, 1, flags.interp_steps)
-    for start in artist.parts(len(shares), flags.batch_size):
+    for start in artist.world.mine(range(0, len(shares), flags.batch_size)):
         batch = shares[start : start + flags.batch_size]
         x_T = torch.stack([slerp(a, b, share) for share in batch.tolist()])
         y_a, y_b = (artist.to_y([label] * len(batch)) for label in (label_a, label_b))
@@ -155,7 +155,7 @@ def sample(flags: SimpleNamespace, world: World) -> None:
 
     start = time.perf_counter()
     frames: list[Tensor] | None = [] if flags.gif else None
-    batches = len(artist.parts(count, flags.batch_size))
+    batches = len(world.mine(range(0, count, flags.batch_size)))
     with tqdm(total=batches * artist.steps, unit="step", disable=world.hides_bars, dynamic_ncols=True) as bar:
         pictures = (draw_walk if is_walk else draw_series)(
             artist, flags, bar, frames, lambda picture, name: save_png(picture, out / name)

@@ -256,7 +256,7 @@ def preview(tr: Training, network: nn.Module) -> Tensor:
     """A grid of NUM_SAMPLES pictures from always the same noise: those that `sample.py --seed SEED` draws. [3, H, W] uint8."""
     s, world = tr.settings, tr.world
     pictures = torch.zeros(s.NUM_SAMPLES, 3, s.IMAGE_SIZE, s.IMAGE_SIZE, dtype=torch.uint8)
-    for places in torch.arange(s.NUM_SAMPLES).split(tr.batches.size)[world.rank :: world.size]:
+    for places in world.mine(torch.arange(s.NUM_SAMPLES).split(tr.batches.size)):
         y = places.to(tr.device) % len(tr.images.classes) if s.CLASS_CONDITIONAL else None
         options = dict(sampler="dpm++", steps=min(s.PREVIEW_STEPS, s.TIME_STEPS), y=y)
         pictures[places] = to_uint8(draw(tr.diffusion, network, s.SEED, places.tolist(), s.IMAGE_SIZE, **options))

@@ -10,7 +10,6 @@ a random flip, float32 in [-1, 1]. One core each, unless the row says otherwise:
 import contextlib
 import io
 import itertools
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -31,6 +30,7 @@ from src.flags import FOLDER, whole
 from src.images import DeviceImages, Images
 from src.settings import RULES
 from src.shapes import Shapes
+from src.utils import cpu_cores
 
 JPEGS, TINY_JPEGS = 2000, 100
 
@@ -95,7 +95,7 @@ def measure(flags: SimpleNamespace) -> None:
     device = pick_device(flags.device)
     torch.set_num_threads(1)
     rounds = flags.rounds or (2 if flags.tiny else 5)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = cpu_cores()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(flags.data_path or f"{folder}/jpegs")
         if not flags.data_path:

@@ -134,16 +134,12 @@ class Artist:
             bar.update()
         return to_uint8(x)
 
-    def parts(self, count: int, batch_size: int) -> range:
-        """Where the batches of this process begin: every world.size-th."""
-        return range(self.world.rank * batch_size, count, self.world.size * batch_size)
-
     def series(
         self, seed: int, indices: Sequence[int], batch_size: int, bar: tqdm, frames: list | None = None
     ) -> Iterator[tuple[Sequence[int], Tensor]]:
         """This process's part of the pictures number `indices` of the series `seed`, batch by batch: (their numbers,
         [B, 3, S, S] uint8). frames: as in `draw`, for the first batch."""
-        starts = self.parts(len(indices), batch_size)
+        starts = self.world.mine(range(0, len(indices), batch_size))
         for start in starts:
             batch = indices[start : start + batch_size]
             drawn = list(batch)

@@ -79,7 +79,7 @@ def validation_batches(images: DeviceImages, settings: Settings, world: World = 
     fixed = torch.Generator().manual_seed(noise.VALIDATION)
     rows = torch.randperm(len(images), generator=fixed)[:count]  # at random: held-out images come class by class
     times = (torch.arange(count) * settings.TIME_STEPS // count)[torch.randperm(count, generator=fixed)]
-    for places in torch.arange(count).split(world.share(settings.BATCH_SIZE))[world.rank :: world.size]:
+    for places in world.mine(torch.arange(count).split(world.share(settings.BATCH_SIZE))):
         x_0, y = images.batch(rows[places])
         eps = noise.normal(noise.address(0, noise.VALIDATION, places).to(images.device), x_0.shape[1:])
         yield Batch(x_0, times[places].to(images.device), eps, y if settings.CLASS_CONDITIONAL else None)

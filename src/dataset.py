@@ -25,7 +25,7 @@ from src.decode import to_uint8
 from src.images import DeviceImages, Images, normalise
 from src.shapes import Shapes
 from src.sources import ImageFolder, TinyImageNet, obtain_tiny_imagenet
-from src.utils import UserError, atomic_file
+from src.utils import UserError, atomic_file, cpu_cores
 
 __all__ = [
     "DATASETS",
@@ -151,8 +151,7 @@ def as_it_is(chunk):
 def decoded(dataset: Labelled, image_size: int, num_workers: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The chunks of a dataset in order, with a progress bar. Raises UserError for a picture that cannot be read."""
     chunks = Chunks(dataset, image_size)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(cores if num_workers < 0 else num_workers, len(chunks))
+    workers = min(cpu_cores() if num_workers < 0 else num_workers, len(chunks))
     # a generator of its own: DataLoader draws a seed, and a run must not depend on whether the cache was there
     loader = DataLoader(
         chunks,

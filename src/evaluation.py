@@ -114,7 +114,7 @@ class Evaluation:
             flags, artist = self.flags, self.artist
             say("drawing", f"{count:,} pictures: about {duration(artist.seconds(count, flags.batch_size))}")
             drawn = torch.zeros(count, *artist.shape, dtype=torch.uint8)
-            steps = len(artist.parts(count, flags.batch_size)) * artist.steps
+            steps = len(self.world.mine(range(0, count, flags.batch_size))) * artist.steps
             with tqdm(total=steps, unit="step", disable=self.world.hides_bars, dynamic_ncols=True) as bar:
                 for batch, pictures in artist.series(flags.seed, range(count), flags.batch_size, bar):
                     drawn[batch[0] : batch[-1] + 1] = pictures

@@ -91,16 +91,19 @@ class FeatureNetwork:
         found: dict[str, Tensor] = {}
         title, world = f"features of {pictures.name}", self.world
         with tqdm(total=len(pictures), desc=title, unit=" pictures", disable=world.hides_bars) as bar:
-            for part, start in enumerate(range(0, len(pictures), batch_size)):
-                batch = torch.from_numpy(np.array(pictures.pixels[start : start + batch_size])).to(device)
-                if part == 0 or part % world.size == world.rank:  # the first shows every process the shapes
+            starts = range(0, len(pictures), batch_size)
+            mine = world.mine(starts)
+            for start in starts:
+                if start == 0 or start in mine:  # the first shows every process the shapes
+                    batch = torch.from_numpy(np.array(pictures.pixels[start : start + batch_size])).to(device)
                     with torch.no_grad():
                         outputs = self.module(batch)
                     for layer, output in zip(self.module.features_list, outputs):
-                        rows = found.setdefault(layer, torch.zeros(len(pictures), output.shape[1]))
-                        if part % world.size == world.rank:
-                            rows[start : start + batch_size] = output
-                bar.update(len(batch))
+                        if layer not in found:
+                            found[layer] = torch.zeros(len(pictures), output.shape[1])
+                        if start in mine:
+                            found[layer][start : start + batch_size] = output
+                bar.update(min(batch_size, len(pictures) - start))
         return {layer: world.sum(rows) for layer, rows in found.items()}
 
     def seconds(self, pictures: PictureSet, batch_size: int, device: torch.device) -> float:

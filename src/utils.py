@@ -1,4 +1,4 @@
-"""What every other module may lean on: the user's errors, and files that are whole or not there."""
+"""What every other module may lean on: the user's errors, files that are whole or not there, the cores."""
 
 import contextlib
 import os
@@ -72,3 +72,8 @@ def make_folder(folder: Path, flag: str) -> None:
         probe = folder / f".probe-{os.getpid()}"
         probe.touch()
         probe.unlink()
+
+
+def cpu_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

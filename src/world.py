@@ -69,6 +69,10 @@ class World:
             )
         return batch_size // self.size
 
+    def mine(self, items: Any) -> Any:
+        """This process's of the items of a sequence, every size-th: what the processes divide among them, batch by batch."""
+        return items[self.rank :: self.size]
+
     def barrier(self) -> None:
         """Wait until every process is here."""
         self.sum(torch.zeros(1))  # on the CPU, by gloo: dist.barrier would take the GPU

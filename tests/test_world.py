@@ -11,8 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from src.features import load_features
+from src.picture_sets import PictureSet
+from src.world import World
 from tests.runs import ROOT, Process, Runner, differences, ended, same, signal_at
 
 # Ten epochs of 5 steps, 16 images each, a point of the curves after every step.
@@ -228,6 +232,32 @@ def test_one_process_alone_never_touches_torch_distributed(run):
 
 
 # --- drawing and measuring ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_what_is_divided_is_all_there_once(size):
+    shares = [World(rank, rank, size).mine(range(0, 13, 3)) for rank in range(size)]
+    assert sorted(start for share in shares for start in share) == [0, 3, 6, 9, 12]
+
+
+def test_features_are_taken_of_no_pictures_but_its_own_and_the_first(monkeypatch):
+    read = []
+
+    class Pixels(np.ndarray):
+        def __getitem__(self, rows):
+            read.append(rows.start)
+            return np.asarray(self)[rows]
+
+    monkeypatch.setattr(World, "sum", lambda world, rows: rows)
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 3, 32, 32), dtype=np.uint8)
+    every = load_features("random", torch.device("cpu")).extract(PictureSet("all", pixels), 2, torch.device("cpu"))
+    network = load_features("random", torch.device("cpu"), World(1, 1, 2))
+    mine = network.extract(PictureSet("mine", pixels.view(Pixels)), 2, torch.device("cpu"))
+    assert read == [0, 2, 6]
+    for layer, rows in every.items():
+        is_mine = torch.tensor([False, False, True, True, False, False, True, True, False, False])
+        assert torch.equal(mine[layer][is_mine], rows[is_mine])
+        assert not mine[layer][~is_mine].any()
 
 
 @pytest.mark.parametrize(
