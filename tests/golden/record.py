@@ -12,6 +12,7 @@ import json
 import lzma
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +61,11 @@ REFUSALS = [
 ]
 
 
-def digest(tensors: dict[str, Tensor]) -> str:
+def digest(tensors: Iterable[Tensor]) -> str:
+    """Of the values in their order, whatever they are called."""
     found = hashlib.sha256()
-    for name in sorted(tensors):
-        found.update(name.encode() + tensors[name].contiguous().numpy().tobytes())
+    for tensor in tensors:
+        found.update(tensor.contiguous().numpy().tobytes())
     return found.hexdigest()[:16]
 
 
@@ -71,15 +73,15 @@ def facts_of(state: dict[str, Any]) -> dict[str, Any]:
     """Of a checkpoint: for each part a hash to the last bit, and a norm that another machine gives as well, nearly."""
     moments = state["optimizer"]["state"]
     parts = {
-        "model": state["model"],
-        "ema": state["ema"],
-        "exp_avg_sq": {f"{i:03}": moments[i]["exp_avg_sq"] for i in moments},
+        "model": list(state["model"].values()),
+        "ema": list(state["ema"].values()),
+        "exp_avg_sq": [moments[i]["exp_avg_sq"] for i in moments],
     }
-    norms = {name: float(torch.cat([t.double().flatten() for t in part.values()]).norm()) for name, part in parts.items()}
+    norms = {name: float(torch.cat([t.double().flatten() for t in part]).norm()) for name, part in parts.items()}
     hashes = {name: digest(part) for name, part in parts.items()}
     progress = {name: state[name] for name in ("step", "epoch", "best_loss", "classes")}
     return {
-        "names": digest({name: torch.tensor(t.shape) for name, t in state["model"].items()}),
+        "shapes": digest(torch.tensor(t.shape) for t in parts["model"]),
         "hashes": hashes,
         "norms": norms,
     } | progress

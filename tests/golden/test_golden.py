@@ -19,8 +19,8 @@ def facts(zygote, tmp_path_factory):
 @pytest.mark.parametrize("name", FACTS["runs"])
 def test_training_gives_the_weights_it_gave(facts, name):
     now, before = facts["runs"][name], FACTS["runs"][name]
-    assert {key: now[key] for key in ("names", "step", "epoch", "classes")} == {
-        key: before[key] for key in ("names", "step", "epoch", "classes")
+    assert {key: now[key] for key in ("shapes", "step", "epoch", "classes")} == {
+        key: before[key] for key in ("shapes", "step", "epoch", "classes")
     }
     assert now["norms"] == pytest.approx(before["norms"], rel=1e-3)
     assert now["best_loss"] == pytest.approx(before["best_loss"], rel=1e-3)
