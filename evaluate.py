@@ -24,20 +24,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from src import likelihood, noise
-from src.artist import add_drawing_flags, check_drawing_flags, duration
+from src import noise
 from src.batches import validation_batches
-from src.evaluation import Evaluation, say, show
-from src.flags import NOT_NEGATIVE, TRUTH, FlagParser, text, whole
-from src.interrupt import StopRequest
-from src.labels import labelled_sheet
-from src.neighbours import nearest_mirrored
-from src.picture_sets import PictureSet, write_npz
+from src.evaluation import likelihood
+from src.evaluation.nearest import nearest_mirrored
+from src.evaluation.picture_set import PictureSet, write_npz
+from src.evaluation.report import Evaluation, say, show
 from src.pictures import save_png
-from src.script import run_script
-from src.settings import RULES
+from src.runtime.distributed import World
+from src.runtime.flags import NOT_NEGATIVE, TRUTH, FlagParser, text, whole
+from src.runtime.labels import labelled_sheet
+from src.runtime.pipeline import add_drawing_flags, check_drawing_flags, duration
+from src.runtime.script import run_script
+from src.runtime.settings import RULES
+from src.runtime.signals import StopRequest
 from src.utils import FlagError, UserError, atomic_file, writing_to
-from src.world import World
 
 LOSS_BINS = 20
 SHEET_ROWS, SHEET_NEIGHBOURS = 32, 5  # of the sheet of nearest training pictures
@@ -119,7 +120,7 @@ def check_flags(flags: SimpleNamespace) -> None:
 
 def measure_distribution(ev: Evaluation) -> dict[str, Any]:
     """How near the distribution of the pictures is to the reference's."""
-    from src import metrics  # torch-fidelity takes seconds
+    from src.evaluation import distribution as metrics  # torch-fidelity takes seconds
 
     flags, folder = ev.flags, ev.cache / "fidelity"
     reference = ev.pictures(flags.reference, "--reference")
@@ -165,7 +166,7 @@ def measure_distribution(ev: Evaluation) -> dict[str, Any]:
 
 
 def measure_bound(ev: Evaluation) -> dict[str, Any]:
-    """Ho et al. 2020, Eq. (5), on held-out pictures, in bits per dimension. See src/likelihood.py."""
+    """Ho et al. 2020, Eq. (5), on held-out pictures, in bits per dimension. See src/evaluation/likelihood.py."""
     artist, flags = ev.artist, ev.flags
     assert artist
     images = ev.split("val").to(artist.device)

@@ -20,16 +20,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from src.artist import Artist, add_drawing_flags, check_drawing_flags, duration
-from src.device import describe
-from src.flags import NOT_NEGATIVE, TRUTH, FlagParser, text, whole
-from src.interrupt import StopRequest
-from src.labels import labelled_sheet
 from src.pictures import PictureNoise, grid, save_gif, save_png, slerp
-from src.script import run_script
-from src.settings import RULES
+from src.runtime.device import describe
+from src.runtime.distributed import World
+from src.runtime.flags import NOT_NEGATIVE, TRUTH, FlagParser, text, whole
+from src.runtime.labels import labelled_sheet
+from src.runtime.pipeline import Artist, add_drawing_flags, check_drawing_flags, duration
+from src.runtime.script import run_script
+from src.runtime.settings import RULES
+from src.runtime.signals import StopRequest
 from src.utils import FlagError, UserError, atomic_file, make_folder, writing_to
-from src.world import World
 
 GRID_PICTURES = 256  # the most that grid.png shows
 

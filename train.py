@@ -24,24 +24,24 @@ from torch import Tensor, nn
 import config
 from src import noise
 from src.batches import TrainBatches, validation_batches
-from src.build import build_diffusion, build_model, build_optimizer
-from src.checkpoint import check_resume, find_latest, keep_previous, remove_parts, restore, save_checkpoint
 from src.dataset import DATASETS, obtain_tiny_imagenet, prepare
-from src.device import InPrecision, describe, memory_advice, pick_device, pick_precision, place, should_compile
 from src.diffusion import GaussianDiffusion
 from src.ema import EMA
-from src.guard import FiniteGuard
 from src.images import DeviceImages, Images
-from src.interrupt import StopRequest
-from src.lock import FolderLock
-from src.meter import Meter
 from src.model import UNet, parameter_count
-from src.monitor import Monitor
 from src.pictures import draw, grid, save_png, to_uint8
-from src.script import run_script
-from src.settings import Run, Settings, as_text, changed_from_defaults, resolve
+from src.runtime.build import build_diffusion, build_model, build_optimizer
+from src.runtime.checkpoint import check_resume, find_latest, keep_previous, remove_parts, restore, save_checkpoint
+from src.runtime.device import InPrecision, describe, memory_advice, pick_device, pick_precision, place, should_compile
+from src.runtime.distributed import World
+from src.runtime.guard import FiniteGuard
+from src.runtime.lock import FolderLock
+from src.runtime.meter import Meter
+from src.runtime.monitor import Monitor
+from src.runtime.script import run_script
+from src.runtime.settings import Run, Settings, as_text, changed_from_defaults, resolve
+from src.runtime.signals import StopRequest
 from src.utils import UserError, make_folder, writing_to
-from src.world import World
 
 
 @dataclass

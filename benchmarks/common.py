@@ -26,11 +26,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import config
-from src.device import computes_in_bf16, describe, synchronize
-from src.flags import FOLDER, TRUTH, FlagParser, Rule, text
 from src.images import Images
 from src.model import Upsample
-from src.settings import RULES, Settings, resolve
+from src.runtime.device import computes_in_bf16, describe, synchronize
+from src.runtime.flags import FOLDER, TRUTH, FlagParser, Rule, text
+from src.runtime.settings import RULES, Settings, resolve
 from src.utils import UserError, make_folder, writing_to
 
 ROOT = Path(__file__).parent.parent

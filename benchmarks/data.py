@@ -24,12 +24,12 @@ from torchvision import datasets, transforms
 
 from benchmarks.common import Row, alternate, main, quartiles, ratios, report, spread
 from src import noise
+from src.data.shapes import Shapes
 from src.dataset import prepare
-from src.device import pick_device
-from src.flags import FOLDER, whole
 from src.images import DeviceImages, Images
-from src.settings import RULES
-from src.shapes import Shapes
+from src.runtime.device import pick_device
+from src.runtime.flags import FOLDER, whole
+from src.runtime.settings import RULES
 from src.utils import cpu_cores
 
 JPEGS, TINY_JPEGS = 2000, 100

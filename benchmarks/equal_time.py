@@ -33,10 +33,10 @@ from unittest.mock import patch
 
 import config
 from benchmarks.common import ROOT, Row, report
-from src.checkpoint import load_checkpoint
-from src.device import pick_device
-from src.flags import FOLDER, POSITIVE, TRUTH, FlagParser, text, whole
-from src.settings import Settings, resolve
+from src.runtime.checkpoint import load_checkpoint
+from src.runtime.device import pick_device
+from src.runtime.flags import FOLDER, POSITIVE, TRUTH, FlagParser, text, whole
+from src.runtime.settings import Settings, resolve
 from src.utils import FlagError, UserError, make_folder
 
 # What the clock decides, or would be spent on anything but learning.

@@ -33,10 +33,10 @@ from benchmarks.common import (
 )
 from benchmarks.ours import Step
 from src.batches import Batch, TrainBatches
-from src.device import pick_device, synchronize
-from src.flags import whole
 from src.images import Images
-from src.settings import Settings
+from src.runtime.device import pick_device, synchronize
+from src.runtime.flags import whole
+from src.runtime.settings import Settings
 from src.utils import UserError
 
 COLUMNS = {

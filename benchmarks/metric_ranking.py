@@ -17,13 +17,13 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from src import metrics
 from src.dataset import prepare
-from src.device import describe, pick_device
-from src.features import load_features
-from src.flags import FlagParser, text, whole
-from src.picture_sets import PictureSet
-from src.settings import RULES
+from src.evaluation import distribution as metrics
+from src.evaluation.features import load_features
+from src.evaluation.picture_set import PictureSet
+from src.runtime.device import describe, pick_device
+from src.runtime.flags import FlagParser, text, whole
+from src.runtime.settings import RULES
 from src.utils import UserError
 
 CLASSES_KEPT = 20  # of 200, in the set that lost most of its modes

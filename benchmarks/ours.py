@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from src import noise
 from src.batches import Batch, TrainBatches
-from src.build import build_diffusion, build_model, build_optimizer
-from src.device import InPrecision, pick_precision, place, should_compile
 from src.ema import EMA
-from src.guard import FiniteGuard
 from src.images import Images
-from src.meter import Meter
 from src.model import Upsample
-from src.settings import Settings
+from src.runtime.build import build_diffusion, build_model, build_optimizer
+from src.runtime.device import InPrecision, pick_precision, place, should_compile
+from src.runtime.guard import FiniteGuard
+from src.runtime.meter import Meter
+from src.runtime.settings import Settings
 
 
 class Variant(NamedTuple):

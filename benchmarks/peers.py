@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from src.device import pick_precision
 from src.model import norm_groups
-from src.settings import Settings
+from src.runtime.device import pick_precision
+from src.runtime.settings import Settings
 
 PACKAGES = {"diffusers": "diffusers", "lucidrains": "denoising_diffusion_pytorch"}  # name here -> module
 MODES = ("script", "best")

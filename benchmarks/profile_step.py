@@ -19,8 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common import TRAIN_FLAGS, Row, main, random_images, report, seconds_per_call, settings_for
 from benchmarks.ours import VARIANTS, Step
-from src.device import pick_device, synchronize
-from src.flags import choice, whole
+from src.runtime.device import pick_device, synchronize
+from src.runtime.flags import choice, whole
 
 TOP = 20
 

@@ -30,12 +30,12 @@ from benchmarks.common import (
     spread,
 )
 from benchmarks.peers import MODES, Mode, diffusers_unet, is_installed
-from src.artist import DEFAULT_STEPS
-from src.build import build_diffusion, build_model
-from src.device import InPrecision, pick_device, pick_precision, place, should_compile
-from src.flags import whole
 from src.pictures import PictureNoise, to_uint8
-from src.settings import Settings
+from src.runtime.build import build_diffusion, build_model
+from src.runtime.device import InPrecision, pick_device, pick_precision, place, should_compile
+from src.runtime.flags import whole
+from src.runtime.pipeline import DEFAULT_STEPS
+from src.runtime.settings import Settings
 
 SAMPLERS = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler", "dpm++": "DPMSolverMultistepScheduler"}  # ours: diffusers'
 

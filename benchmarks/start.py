@@ -18,8 +18,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from benchmarks.common import ROOT, TINY, TRAIN_FLAGS, main, report, spread
-from src.device import pick_device
-from src.flags import whole
+from src.runtime.device import pick_device
+from src.runtime.flags import whole
 from src.utils import UserError
 
 COLUMNS = {

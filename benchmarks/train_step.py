@@ -40,11 +40,11 @@ from benchmarks.common import (
 )
 from benchmarks.ours import VARIANTS, Step
 from benchmarks.peers import MODES, STEPS, UNETS, is_installed
-from src.build import build_model
-from src.device import is_out_of_memory, pick_device, synchronize
-from src.flags import TRUTH, text, whole, wholes
 from src.model import parameter_count
-from src.settings import Settings
+from src.runtime.build import build_model
+from src.runtime.device import is_out_of_memory, pick_device, synchronize
+from src.runtime.flags import TRUTH, text, whole, wholes
+from src.runtime.settings import Settings
 
 SHARE_OF_MEMORY = 0.7  # of a GPU, up to which all contestants stay in it together
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from src import noise
 from src.images import DeviceImages
-from src.settings import Settings
+from src.runtime.distributed import World
+from src.runtime.settings import Settings
 from src.utils import UserError
-from src.world import World
 
 
 class Batch(NamedTuple):

@@ -21,10 +21,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from src.decode import to_uint8
+from src.data.decode import to_uint8
+from src.data.folder import ImageFolder, TinyImageNet, obtain_tiny_imagenet
+from src.data.shapes import Shapes
 from src.images import DeviceImages, Images, normalise
-from src.shapes import Shapes
-from src.sources import ImageFolder, TinyImageNet, obtain_tiny_imagenet
 from src.utils import UserError, atomic_file, cpu_cores
 
 __all__ = [

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from src.norm import GroupNorm
+from src.runtime.kernels import GroupNorm
 
 
 def norm_groups(dim: int) -> int:

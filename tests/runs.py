@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from src.settings import as_flags
-from src.shapes import Shapes
+from src.data.shapes import Shapes
+from src.runtime.settings import as_flags
 
 ROOT = Path(__file__).parent.parent
 

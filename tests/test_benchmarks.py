@@ -13,10 +13,10 @@ from benchmarks import data, loop, profile_step, sample, start, train_step
 from benchmarks.common import forward_gflop, main, some_of, table
 from benchmarks.ours import Step
 from benchmarks.peers import diffusers_unet
-from src.build import build_model
 from src.dataset import prepare
 from src.model import UNet, parameter_count
-from src.settings import resolve
+from src.runtime.build import build_model
+from src.runtime.settings import resolve
 from src.utils import UserError
 from tests.runs import same
 

@@ -12,7 +12,7 @@ pytest.importorskip("fcntl", reason="no pseudo-terminals on Windows")
 
 from benchmarks import equal_time
 from benchmarks.equal_time import Recipe, read_flags, read_recipes
-from src.checkpoint import load_checkpoint
+from src.runtime.checkpoint import load_checkpoint
 from src.utils import FlagError, UserError
 
 

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from src import noise
-from src.device import InPrecision
 from src.diffusion import GaussianDiffusion
 from src.ema import EMA
 from src.model import UNet
 from src.pictures import PictureNoise, draw, to_uint8
+from src.runtime.device import InPrecision
 from src.samplers import SAMPLERS
 
 DEVICE = torch.device(os.environ.get("GPU_TEST_DEVICE", "cuda"))

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import src.model
 from src.diffusion import GaussianDiffusion
 from src.model import Attention, UNet, Upsample, norm_groups, parameter_count, sinusoid
-from src.norm import GroupNorm
+from src.runtime.kernels import GroupNorm
 
 
 def tiny(image_size=16, speaks=True, **options):

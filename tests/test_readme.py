@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import config
-from src.settings import RULES
+from src.runtime.settings import RULES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -11,7 +11,7 @@ import torch
 import config
 from src.batches import TrainBatches, validation_batches
 from src.images import Images
-from src.settings import Settings
+from src.runtime.settings import Settings
 from tests.runs import Runner, differences, same, signal_at
 
 VARIANTS = {

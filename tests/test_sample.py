@@ -190,9 +190,9 @@ def test_what_cannot_be_is_refused_in_one_sentence(run, sample, flags, classes, 
 
 # The second batch is met by SIGTERM.
 SIGTERM_IN_BATCH_2 = """
-import os, signal, src.artist
+import os, signal, src.runtime.pipeline
 
-batches, to_uint8 = [], src.artist.to_uint8
+batches, to_uint8 = [], src.runtime.pipeline.to_uint8
 
 def to_uint8_under_fire(x):
     batches.append(x)
@@ -200,7 +200,7 @@ def to_uint8_under_fire(x):
         os.kill(os.getpid(), signal.SIGTERM)
     return to_uint8(x)
 
-src.artist.to_uint8 = to_uint8_under_fire
+src.runtime.pipeline.to_uint8 = to_uint8_under_fire
 """
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 TOUR = ROOT / "docs" / "tour.md"
 TEXT = TOUR.read_text(encoding="utf-8")
-CODE = ("config.py", "train.py", "sample.py", "evaluate.py", "src/*.py", "benchmarks/*.py")
+CODE = ("config.py", "train.py", "sample.py", "evaluate.py", "src/*.py", "src/*/*.py", "benchmarks/*.py")
 NEW_ROW = "benchmarks"  # where a file goes that is in no row yet; move it by hand
 
 # [src/ema.py:28](../src/ema.py#L28) | `the fragment`: the two may be cells of a table or follow each other.
@@ -218,8 +218,8 @@ def test_the_conditioning_example_trains_and_the_network_heeds_what_it_is_told(c
     program = f"""
         run("train.py {SMALL}")
         import torch
-        from src.build import build_diffusion, build_model
-        from src.checkpoint import Path, load_checkpoint
+        from src.runtime.build import build_diffusion, build_model
+        from src.runtime.checkpoint import Path, load_checkpoint
         state = load_checkpoint(Path("checkpoints/latest.pth"))
         model = build_model(state["config"], 1)
         model.load_state_dict(state["model"])

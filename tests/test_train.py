@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from src.batches import validation_batches
-from src.build import build_diffusion, build_model
-from src.checkpoint import KEYS, load_checkpoint
 from src.dataset import prepare
+from src.runtime.build import build_diffusion, build_model
+from src.runtime.checkpoint import KEYS, load_checkpoint
 from tests.runs import ROOT, differences
 
 # --- learning -----------------------------------------------------------------------------------------

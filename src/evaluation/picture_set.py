@@ -1,0 +1,99 @@
+"""Sets of pictures to compare: a split of a checkpoint's dataset, a folder, an npz file, or what was just drawn."""
+
+import hashlib
+import zipfile
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from src.data.decode import decoding, open_image, to_rgb, upright
+from src.data.folder import SUFFIXES, folders_below, pictures, what_is_in
+from src.utils import UserError, atomic_file
+
+SHEETS = {"grid.png", "interpolation.png", "denoising.gif"}  # what sample.py puts beside its pictures
+
+
+@dataclass
+class PictureSet:
+    """pixels: uint8 [N, 3, S, S], mapped from a file or not. name: where they come from, for people."""
+
+    name: str
+    pixels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @property
+    def size(self) -> str:
+        return f"{self.pixels.shape[3]}x{self.pixels.shape[2]}"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that follow from the pixels alone."""
+        digest = hashlib.sha256(str(self.pixels.shape).encode())
+        for start in range(0, len(self.pixels), 4096):
+            digest.update(np.ascontiguousarray(self.pixels[start : start + 4096]).data)
+        return digest.hexdigest()[:16]
+
+    def about(self) -> dict[str, object]:
+        return {"from": self.name, "count": len(self), "size": self.size, "fingerprint": self.fingerprint}
+
+
+def read_set(path: Path, flag: str) -> PictureSet:
+    """A folder of pictures, read recursively, or an .npz. flag: which flag named it. Raises UserError."""
+    if path.is_dir():
+        return read_folder(path, flag)
+    if path.is_file() and path.suffix.lower() == ".npz":
+        return read_npz(path, flag)
+    raise UserError(
+        f"{flag}: {path} is neither a folder nor an .npz file; expected train, val, a folder of pictures or an .npz."
+    )
+
+
+def read_folder(path: Path, flag: str) -> PictureSet:
+    """All pictures as they are, without resizing: another size is another statistic."""
+    files = [entry for folder in folders_below(path) for entry in pictures(folder)]
+    sheets = [entry.name for entry in files if entry.name in SHEETS]
+    files = [entry for entry in files if entry.name not in SHEETS]
+    if sheets:
+        print(f"note: {', '.join(sheets)} in {path} left out")
+    if not files:
+        raise UserError(f"{flag}: {path} holds no pictures, only {what_is_in(path)}. Pictures end in {' '.join(SUFFIXES)}.")
+    pixels: np.ndarray | None = None
+    for i, entry in enumerate(tqdm(files, desc="reading", unit=" pictures", disable=None, leave=False)):
+        with decoding(entry.path):
+            picture = np.asarray(to_rgb(upright(open_image(entry.path)))).transpose(2, 0, 1)
+        if pixels is None:
+            pixels = np.empty((len(files), *picture.shape), dtype=np.uint8)
+        if picture.shape != pixels.shape[1:]:
+            (h, w), (height, width) = picture.shape[1:], pixels.shape[2:]
+            raise UserError(
+                f"{flag}: {entry.path} is {w}x{h}, the first picture {width}x{height}; all must have one size. "
+                f"Move it away, or resize them all."
+            )
+        pixels[i] = picture
+    assert pixels is not None
+    return PictureSet(str(path), pixels)
+
+
+def read_npz(path: Path, flag: str) -> PictureSet:
+    """arr_0, uint8 [N, H, W, 3]: what `sample.py --npz` and `evaluate.py --npz` write, and the ADM suite reads."""
+    expected = "expected arr_0, uint8 [N, H, W, 3], as 'sample.py --npz' writes it"
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if "arr_0" not in archive:
+                raise UserError(f"{flag}: {path} holds {', '.join(archive) or 'nothing'}; {expected}.")
+            array = archive["arr_0"]
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{flag}: {path} cannot be read as an .npz ({str(error).splitlines()[0]}); {expected}.") from None
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or not len(array):
+        raise UserError(f"{flag}: {path} holds arr_0, {array.dtype} {list(array.shape)}; {expected}.")
+    return PictureSet(str(path), np.ascontiguousarray(array.transpose(0, 3, 1, 2)))
+
+
+def write_npz(path: Path, pixels: np.ndarray) -> None:
+    with atomic_file(path) as file:
+        np.savez(file, arr_0=pixels.transpose(0, 2, 3, 1))

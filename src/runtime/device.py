@@ -1,0 +1,123 @@
+"""Where and in which precision the network runs, chosen once at start-up."""
+
+import os
+import platform
+import sys
+
+import torch
+from torch import nn
+
+from src.runtime.settings import Settings
+from src.utils import FlagError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device called `name`; "auto" is the first there is of CUDA, MPS, CPU. Raises FlagError where it is absent.
+    local_rank: which process on this machine asks; each has a GPU to itself."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, is_there in there.items() if is_there)
+    if not there[name]:
+        found = ", ".join(device for device, is_there in there.items() if is_there)
+        raise FlagError(f"--device: got {name}, but torch {torch.__version__} finds only: {found}. Use --device auto.")
+    if name != "cuda":
+        return torch.device(name)
+    if local_rank >= torch.cuda.device_count():
+        raise FlagError(
+            f"--device: this machine has {torch.cuda.device_count()} GPUs, too few for process number {local_rank} on it, "
+            f"counted from 0. Give torchrun a smaller --nproc_per_node, or --device cpu."
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether bf16 arithmetic is in the hardware, not emulated: NVIDIA from Ampere on, x86 with AVX512_BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # torch has no public name for these yet
+        return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+    return False
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that autocast gives the network's matrix products. "auto" is bf16 where the hardware has it, else fp32."""
+    if name == "auto":
+        name = "bf16" if computes_in_bf16(device) else "fp32"
+    return DTYPES[name]
+
+
+class InPrecision(nn.Module):
+    """A network whose matrix products run in `dtype` by autocast; float32 changes nothing. Arguments and result as before."""
+
+    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype):
+        super().__init__()
+        self.model, self.device_type, self.dtype = model, device.type, dtype
+
+    def forward(self, *args):
+        with torch.autocast(self.device_type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.model(*args)
+
+
+def place(model: nn.Module, device: torch.device) -> None:
+    """Move a network to the device, in the memory layout in which convolutions are fastest there."""
+    model.to(device).to(memory_format=torch.channels_last)
+
+
+def should_compile(choice: str, device: torch.device) -> bool:
+    """Whether torch.compile pays: "auto" says yes on CUDA; on a CPU even a tiny network takes a minute to compile."""
+    return device.type == "cuda" if choice == "auto" else choice == "true"
+
+
+def describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    if device.type == "mps":
+        return f"Apple GPU ({platform.processor()})"
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, so that a clock read next is right."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory taken so far, in GiB: of the GPU, or on a CPU of this process. 0 where it cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 2**30
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 2**30
+    if os.name == "nt":
+        return 0.0
+    import resource  # POSIX only
+
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the GPU or of the machine. torch has a type for one case and words for the others."""
+    words = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED", "bad_alloc")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
+
+
+def memory_advice(settings: Settings) -> str:
+    """What to do where memory ran out in training: the numbers that keep the effective batch."""
+    batch, passes = settings.BATCH_SIZE, settings.GRAD_ACCUM_STEPS
+    if batch == 1:
+        return "Out of memory with a batch of one image. Use a smaller --unet_dim or --image_size."
+    smaller = next(size for size in range(batch // 2, 0, -1) if batch % size == 0)
+    return (
+        f"Out of memory with BATCH_SIZE {batch} and GRAD_ACCUM_STEPS {passes}. The same effective batch takes less with "
+        f"--batch_size {smaller} --grad_accum_steps {passes * batch // smaller}; the run goes on from its last save."
+    )

@@ -1,0 +1,158 @@
+"""A checkpoint ready to draw, for the scripts: what the flags say of how to draw, and the drawing itself."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from src.pictures import PictureNoise, grid, to_uint8
+from src.runtime.build import build_diffusion, build_model
+from src.runtime.checkpoint import load_checkpoint, load_weights
+from src.runtime.device import InPrecision, pick_device, pick_precision, place, should_compile, synchronize
+from src.runtime.distributed import World
+from src.runtime.flags import FlagParser, choice, number, whole
+from src.runtime.labels import parse_classes
+from src.runtime.settings import RULES
+from src.samplers import SAMPLERS
+from src.utils import FlagError
+
+DEFAULT_STEPS = {"ddim": 50, "dpm++": 20}  # ddpm takes all that the model was trained with
+GIF_FRAMES, GIF_PICTURES = 50, 16  # the most that denoising.gif shows
+
+
+def add_drawing_flags(parser: FlagParser, group: Any) -> None:
+    """The flags that say how a checkpoint draws; `check_drawing_flags` says which go together."""
+    for flag, rule, comment, default in [
+        ("--sampler", choice(*SAMPLERS), f"{', '.join(SAMPLERS)} (default: dpm++)", "dpm++"),
+        ("--steps", whole(1), "network calls per picture (default: all for ddpm, 50 for ddim, 20 for dpm++)", None),
+        (
+            "--eta",
+            number("from 0 to 1", lambda x: 0 <= x <= 1),
+            "randomness of ddim, 0 none, 1 as much as ddpm (default: 0)",
+            0.0,
+        ),
+        (
+            "--weights",
+            choice("ema", "raw"),
+            "the running average of the weights, or the raw ones (default: ema)",
+            "ema",
+        ),
+        ("--batch_size", whole(1), "pictures drawn at a time; changes none of them (default: 64)", 64),
+        ("--device", RULES["DEVICE"], "auto, cuda, mps, cpu (default: auto)", "auto"),
+        ("--precision", RULES["PRECISION"], "auto, fp32, bf16, fp16 (default: auto)", "auto"),
+        ("--compile", RULES["COMPILE"], "torch.compile the network: auto, true, false (default: auto)", "auto"),
+    ]:
+        parser.add(flag, rule, comment, group, default)
+
+
+def check_drawing_flags(flags: SimpleNamespace) -> None:
+    if flags.eta and flags.sampler != "ddim":
+        raise FlagError(f"--eta: got {flags.eta:g} with --sampler {flags.sampler}; only --sampler ddim takes it.")
+
+
+class Artist:
+    """A checkpoint ready to draw: the network, the diffusion, the classes, and how the flags want it done."""
+
+    def __init__(self, flags: SimpleNamespace, world: World = World()):  # noqa: B008 (immutable)
+        self.world = world
+        state = load_checkpoint(Path(flags.checkpoint), mmap=True)
+        self.settings, self.classes, self.class_ids = state["config"], state["classes"], state["class_ids"]
+        self.step, self.epoch = state["step"], state["epoch"]
+        s, most = self.settings, self.settings.TIME_STEPS
+        if flags.steps and flags.steps > most:
+            raise FlagError(
+                f"--steps: got {flags.steps}; this checkpoint was trained with TIME_STEPS {most}, allowed are 1 to {most}."
+            )
+        self.steps = flags.steps or min(most, DEFAULT_STEPS.get(flags.sampler, most))
+        if not s.CLASS_CONDITIONAL and (flags.classes != "all" or flags.guidance != 1):
+            raise FlagError("--classes, --guidance: this checkpoint knows no classes; train with --class_conditional true.")
+        self.labels = parse_classes(flags.classes, self.classes, self.class_ids) if s.CLASS_CONDITIONAL else None
+        self.device = pick_device(flags.device, world.local_rank)
+        self.dtype = pick_precision(flags.precision, self.device)
+        model = build_model(s, len(self.classes))
+        load_weights(model, state["ema" if flags.weights == "ema" else "model"])
+        place(model.eval().requires_grad_(False), self.device)
+        self.network: Callable = InPrecision(model, self.device, self.dtype)
+        self.is_compiled = should_compile(flags.compile, self.device)
+        if self.is_compiled:
+            self.network = torch.compile(self.network)
+        self.diffusion = build_diffusion(s).to(self.device)
+        self.shape = (3, s.IMAGE_SIZE, s.IMAGE_SIZE)
+        self.options = dict(sampler=flags.sampler, steps=self.steps, eta=flags.eta, guidance=flags.guidance)
+        self.calls_per_step = 1 if flags.guidance in (0, 1) else 2
+
+    def label(self, index: int) -> int | None:
+        """The class of picture number `index`: the classes in turn."""
+        return self.labels[index % len(self.labels)] if self.labels else None
+
+    def to_y(self, labels: Sequence[int | None]) -> Tensor | None:
+        return torch.tensor(labels, device=self.device) if self.labels else None
+
+    def seconds_per_call(self, pictures: int, batch_size: int) -> float:
+        """Of the network for one picture, from one call on as many of them as will be common, on a CPU on at most four."""
+        batch = min(batch_size, pictures) if self.device.type == "cuda" else min(batch_size, pictures, 4)
+        x, t = (
+            torch.randn(batch, *self.shape, device=self.device),
+            torch.zeros(batch, dtype=torch.int64, device=self.device),
+        )
+        y = self.to_y([0] * batch)
+        with torch.no_grad():
+            for _ in range(2):  # the first call compiles, allocates and picks kernels
+                synchronize(self.device)
+                start = time.perf_counter()
+                self.network(x, t, y)
+                synchronize(self.device)
+        return (time.perf_counter() - start) / batch
+
+    def seconds(self, pictures: int, batch_size: int) -> float:
+        """How long drawing `pictures` will take, by all processes together."""
+        seconds = self.seconds_per_call(pictures, batch_size) * pictures * self.steps * self.calls_per_step
+        return seconds / min(self.world.size, -(-pictures // batch_size))
+
+    def draw(
+        self,
+        noise: Callable[[int], Tensor],
+        y: Tensor | None,
+        count: int,
+        bar: tqdm,
+        frames: list | None = None,
+        network=None,
+    ) -> Tensor:
+        """One batch: [count, 3, S, S] uint8. frames: where to put what denoising.gif shows of it, if anywhere."""
+        network = network or self.network
+        trajectory = self.diffusion.trajectory(network, (count, *self.shape), noise=noise, y=y, **self.options)
+        every = -(-self.steps // GIF_FRAMES)
+        for k, (x, x_0) in enumerate(trajectory, start=1):
+            if frames is not None and (k % every == 0 or k == self.steps):
+                left, right = (grid(to_uint8(images[:GIF_PICTURES])) for images in (x, x_0))
+                frames.append(torch.cat([left, right], dim=2))
+            bar.update()
+        return to_uint8(x)
+
+    def series(
+        self, seed: int, indices: Sequence[int], batch_size: int, bar: tqdm, frames: list | None = None
+    ) -> Iterator[tuple[Sequence[int], Tensor]]:
+        """This process's part of the pictures number `indices` of the series `seed`, batch by batch: (their numbers,
+        [B, 3, S, S] uint8). frames: as in `draw`, for the first batch."""
+        starts = self.world.mine(range(0, len(indices), batch_size))
+        for start in starts:
+            batch = indices[start : start + batch_size]
+            drawn = list(batch)
+            if self.is_compiled and start > starts[0]:  # another shape would be compiled anew: fill up the last batch
+                drawn += [drawn[-1]] * (batch_size - len(drawn))
+            noise = PictureNoise(seed, drawn, self.shape, self.device)
+            y = self.to_y([self.label(i) for i in drawn])
+            yield batch, self.draw(noise, y, len(drawn), bar, frames if start == 0 else None)[: len(batch)]
+
+
+def duration(seconds: float) -> str:
+    """62 -> "1 min 2 s"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{int(seconds // 60)} min {int(seconds % 60)} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

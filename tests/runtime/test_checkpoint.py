@@ -1,0 +1,414 @@
+"""Checkpoints: whole or not there, opened without running code, and refused with the way out where they do not fit."""
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from src.ema import EMA
+from src.runtime.checkpoint import (
+    FREE,
+    KEYS,
+    TUNABLE,
+    VERSION,
+    CheckpointError,
+    DamagedCheckpoint,
+    check_resume,
+    find_latest,
+    keep_previous,
+    load_checkpoint,
+    load_weights,
+    remove_parts,
+    save_checkpoint,
+)
+from src.runtime.device import is_out_of_memory, memory_advice
+from src.runtime.guard import FiniteGuard
+from src.runtime.lock import FolderLock
+from src.runtime.meter import Meter
+from src.runtime.settings import RULES, resolve
+from src.utils import UserError, atomic_file
+from tests.runs import same, signal_at
+
+
+@pytest.fixture(scope="module")
+def settings():
+    import config
+
+    return resolve(config, ["--dataset", "shapes"]).settings
+
+
+class Parts:
+    """The objects of a run, as small as they can be: a network of one layer that has made one step."""
+
+    def __init__(self, size: int = 4):
+        self.model = nn.Linear(size, size)
+        self.ema = EMA(self.model, 0.9)
+        self.optimizer = torch.optim.Adam(self.model.parameters())
+        self.scaler = torch.amp.GradScaler("cpu", enabled=False)
+        self.meter = Meter(10, torch.device("cpu"))
+        self.model(torch.ones(1, size)).sum().backward()
+        self.optimizer.step()
+
+    def save(self, path: Path, settings, step: int = 3) -> Path:
+        numbers = {"step": step, "epoch": 1, "best_loss": 0.5, "classes": ["a"], "class_ids": ["a"]}
+        save_checkpoint(path, **vars(self), settings=settings, **numbers)
+        return path
+
+
+# --- saving -------------------------------------------------------------------------------------------
+
+
+def test_what_is_saved_is_loaded_to_the_last_bit(tmp_path, settings):
+    parts = Parts()
+    state = load_checkpoint(parts.save(tmp_path / "latest.pth", settings))
+    assert state.keys() == KEYS
+    assert same(state["model"], dict(parts.model.state_dict()))
+    assert same(state["ema"], dict(parts.ema.model.state_dict()))
+    assert same(state["optimizer"], parts.optimizer.state_dict())
+    assert state["config"] == settings
+    assert same(load_checkpoint(tmp_path / "latest.pth", mmap=True), state)
+
+
+def test_a_file_appears_whole_or_not_at_all_and_is_flushed_before_it_takes_the_name(tmp_path, monkeypatch):
+    calls = []
+    fsync, replace = os.fsync, os.replace
+
+    def is_folder(handle: int) -> bool:
+        return os.path.isdir(f"/proc/self/fd/{handle}") if os.path.exists("/proc/self/fd") else len(calls) == 2
+
+    monkeypatch.setattr(os, "fsync", lambda handle: (calls.append("folder" if is_folder(handle) else "file"), fsync(handle)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("rename"), replace(a, b)))
+    with atomic_file(tmp_path / "new" / "file") as file:
+        file.write(b"whole")
+        assert not (tmp_path / "new" / "file").exists()
+    assert calls == ["file", "rename", "folder"]
+    assert (tmp_path / "new" / "file").read_bytes() == b"whole"
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    (tmp_path / "file").write_bytes(b"old")
+    with pytest.raises(error), atomic_file(tmp_path / "file") as file:
+        file.write(b"new")
+        raise error
+    assert os.listdir(tmp_path) == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"old"
+
+
+def test_latest_keeps_one_predecessor(tmp_path, settings):
+    for step in (1, 2, 3):
+        keep_previous(tmp_path / "latest.pth")
+        Parts().save(tmp_path / "latest.pth", settings, step)
+    assert {path.name: load_checkpoint(path)["step"] for path in tmp_path.iterdir()} == {
+        "latest.pth": 3,
+        "latest.previous.pth": 2,
+    }
+
+
+def test_what_a_killed_run_left_half_written_is_removed_and_nothing_else(tmp_path):
+    for name in (".latest.pth.part-17", ".latest.previous.pth.part-17", "latest.pth", ".lock", "notes.part-1"):
+        (tmp_path / name).touch()
+    remove_parts(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".lock", "latest.pth", "notes.part-1"]
+
+
+# --- loading ------------------------------------------------------------------------------------------
+
+
+class Code:
+    """What a pickle with code in it looks like: opened by pickle.load it would make the folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def test_a_pickle_with_code_is_refused_and_the_code_is_not_run(tmp_path):
+    torch.save({"version": 1, "model": Code(tmp_path / "made")}, tmp_path / "zip.pth")
+    (tmp_path / "raw.pth").write_bytes(pickle.dumps(Code(tmp_path / "made")))
+    for name, says in (("zip.pth", "holds Python objects, which could run code"), ("raw.pth", "not a whole checkpoint")):
+        for mmap in (False, True):
+            with pytest.raises(CheckpointError, match=says):
+                load_checkpoint(tmp_path / name, mmap)
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.5, 0.999])
+def test_a_truncated_file_is_named(tmp_path, settings, share):
+    path = Parts(64).save(tmp_path / "latest.pth", settings)
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(DamagedCheckpoint, match=r"latest.pth is not a whole checkpoint"):
+        load_checkpoint(path)
+
+
+def test_a_changed_byte_anywhere_is_noticed(tmp_path, settings):
+    path = Parts(64).save(tmp_path / "latest.pth", settings)
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        first = archive.getinfo(next(name for name in archive.namelist() if "/data/" in name))
+    for place in (first.header_offset + 200, len(whole) // 2):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        with pytest.raises(DamagedCheckpoint, match=r"latest.pth is damaged \(wrong checksum of .*/data"):
+            load_checkpoint(path)
+
+
+def written(path: Path, content) -> Path:
+    torch.save(content, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ({"state_dict": {"weight": torch.zeros(2)}}, "is a file of another program"),
+        ({"version": "2.1.0", "state_dict": {}}, "is a file of another program"),
+        (torch.zeros(2), "is a file of another program"),
+        ({"version": VERSION + 1}, rf"has format version {VERSION + 1}, this program reads up to {VERSION}. Update it"),
+        ({"version": VERSION, "model": {}}, "lacks best_loss, class_ids, classes, config"),
+        ({key: {} for key in KEYS} | {"version": VERSION}, "checkpoint has no setting DATASET: another version"),
+    ],
+)
+def test_a_file_that_is_no_checkpoint_of_this_program_is_told_from_a_damaged_one(tmp_path, content, says):
+    with pytest.raises(UserError, match=says) as caught:
+        load_checkpoint(written(tmp_path / "latest.pth", content))
+    assert not isinstance(caught.value, DamagedCheckpoint)
+
+
+def test_a_missing_file_is_answered_with_those_that_are_there(tmp_path):
+    with pytest.raises(CheckpointError, match=r"No checkpoint at .*best.pth.*none found there"):
+        load_checkpoint(tmp_path / "best.pth")
+    (tmp_path / "latest.pth").touch()
+    with pytest.raises(CheckpointError, match=r"one of: .*latest.pth"):
+        load_checkpoint(tmp_path / "best.pth")
+
+
+def test_weights_of_another_network_name_the_first_difference():
+    with pytest.raises(CheckpointError, match=r"src/model.py \(size mismatch for weight.*Undo what was changed"):
+        load_weights(nn.Linear(3, 3), nn.Linear(2, 3).state_dict())
+    with pytest.raises(CheckpointError, match=r'Missing key\(s\) in state_dict: "bias"'):
+        load_weights(nn.Linear(3, 3), nn.Linear(3, 3, bias=False).state_dict())
+
+
+# --- the state to resume from -------------------------------------------------------------------------
+
+
+def test_an_empty_folder_starts_anew(tmp_path):
+    assert find_latest(tmp_path) is None
+
+
+def test_latest_is_taken_also_where_another_is_further(tmp_path, settings):
+    Parts().save(tmp_path / "latest.pth", settings, step=5)
+    Parts().save(tmp_path / "epoch_009.pth", settings, step=9)
+    assert find_latest(tmp_path)["step"] == 5
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_where_latest_does_not_load_the_furthest_that_does_is_taken(tmp_path, settings, capsys, is_there):
+    for name, step in (("epoch_002", 2), ("latest.previous", 7), ("best", 4)):
+        Parts().save(tmp_path / f"{name}.pth", settings, step)
+    (tmp_path / "epoch_009.pth").write_bytes(b"damaged too")
+    if is_there:
+        (tmp_path / "latest.pth").write_bytes(b"damaged")
+    assert find_latest(tmp_path)["step"] == 7
+    said = capsys.readouterr().err
+    assert "Going on from" in said and "latest.previous.pth, step 7" in said
+    assert ("Warning:" in said) == is_there
+    assert (tmp_path / "latest.damaged").exists() == is_there and not (tmp_path / "latest.pth").exists()
+
+
+def test_where_none_loads_nothing_is_moved(tmp_path):
+    for name in ("latest.pth", "best.pth"):
+        (tmp_path / name).write_bytes(b"damaged")
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"No checkpoint in .* loads. .*latest.pth is not a whole"):
+            find_latest(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["best.pth", "latest.pth"]
+
+
+def test_a_latest_that_is_whole_but_not_ours_is_refused_and_not_passed_over(tmp_path, settings):
+    written(tmp_path / "latest.pth", {"version": VERSION + 1})
+    Parts().save(tmp_path / "best.pth", settings)
+    with pytest.raises(CheckpointError, match="Update it"):
+        find_latest(tmp_path)
+    assert (tmp_path / "latest.pth").exists()
+
+
+# --- settings that contradict the checkpoint ----------------------------------------------------------
+
+OTHER = {"DATA_SIZE": 1, "DATA_MD5": "", "DATA_URL": "http://a.b/c", "NUM_WORKERS": 0, "COMPILE": "false", "DEVICE": "cpu"}
+
+
+def changed(settings, name: str):
+    """The settings with another value of one of them, whatever its type."""
+    value = getattr(settings, name)
+    if name in OTHER:
+        return settings._replace(**{name: OTHER[name]})
+    if isinstance(value, bool):
+        return settings._replace(**{name: not value})
+    if isinstance(value, (int, float)):
+        return settings._replace(**{name: value + 1})
+    return settings._replace(**{name: (*value, 1) if isinstance(value, tuple) else f"{value}2"})
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_setting_is_free_or_asks_for_accept_changes_or_is_refused(settings, name):
+    new = changed(settings, name)
+    if name in FREE:
+        return check_resume(settings, new, False)
+    with pytest.raises(CheckpointError, match=rf"other settings \({name} .* -> .*\)") as caught:
+        check_resume(settings, new, False)
+    assert f"--{name.lower()}" in str(caught.value) and "start anew with another folder" in str(caught.value)
+    assert ("--accept_changes" in str(caught.value)) == (name in TUNABLE)
+    if name in TUNABLE:
+        return check_resume(settings, new, True)
+    with pytest.raises(CheckpointError):
+        check_resume(settings, new, True)
+
+
+def test_what_names_places_speed_or_rhythm_is_free_and_what_makes_the_network_is_not():
+    assert {"EPOCHS", "SAVE_EVERY", "PRECISION", "DEVICE", "LOG_PATH"} <= FREE
+    assert not {"UNET_DIM", "PREDICTION", "SEED", "TIME_STEPS", "DATASET", "IMAGE_SIZE"} & (FREE | TUNABLE)
+
+
+def test_the_same_effective_batch_passes_and_another_is_refused(settings):
+    split = settings._replace(BATCH_SIZE=4, GRAD_ACCUM_STEPS=4)
+    check_resume(settings._replace(BATCH_SIZE=8, GRAD_ACCUM_STEPS=2), split, False)
+    with pytest.raises(CheckpointError, match="BATCH_SIZE 8 -> 4, GRAD_ACCUM_STEPS 1 -> 4"):
+        check_resume(settings._replace(BATCH_SIZE=8, GRAD_ACCUM_STEPS=1), split, False)
+
+
+def test_a_resumed_run_takes_the_new_settings_it_was_allowed(run):
+    run.train(EPOCHS=1)
+    said = run.train(LEARNING_RATE=5e-4, code=1).err
+    assert "LEARNING_RATE 0.001 -> 0.0005" in said and "--accept_changes" in said
+    run.train(LEARNING_RATE=5e-4, accept_changes=True, EPOCHS=2, LOG_EVERY=1)
+    assert run.scalars()["optimizer/learning_rate"][-1] == (20, pytest.approx(5e-4))
+    assert run.state()["config"]["LEARNING_RATE"] == 5e-4
+
+
+# --- one run at a time --------------------------------------------------------------------------------
+
+
+def test_the_lock_is_free_again_once_its_process_is_gone_however_it_went(run):
+    first = run.start_train(signal_at(3, 0, "SIGSTOP"))
+    first.wait(lambda: (run.folder / "checkpoints/.lock").exists() and "saves to" in first.out)
+    refused = run.train(code=1).err
+    assert f"in use by process {first.pid} on " in refused
+    first.send(9)
+    first.wait()
+    run.train(max_steps=2)
+
+
+def test_a_lock_and_a_folder_are_made_on_first_use(tmp_path):
+    with FolderLock(tmp_path / "deep" / "folder", "--checkpoint_path"):
+        assert f"process {os.getpid()} on " in (tmp_path / "deep/folder/.lock").read_text()
+
+
+# --- not finite ---------------------------------------------------------------------------------------
+
+
+def guarded_step(loss: float, gradient: float) -> tuple[FiniteGuard, nn.Parameter]:
+    """One step of the fused Adam with this loss and gradient, as train.py makes it."""
+    weight = nn.Parameter(torch.ones(3))
+    optimizer, guard = torch.optim.Adam([weight], lr=0.1, fused=True), FiniteGuard(torch.device("cpu"))
+    weight.grad = torch.full((3,), gradient)
+    norm = nn.utils.clip_grad_norm_([weight], 1.0)
+    optimizer.found_inf = guard.note(1, torch.tensor(loss), norm)
+    optimizer.step()
+    assert int(optimizer.state[weight]["step"]) == (guard.first_bad < 0)
+    return guard, weight
+
+
+@pytest.mark.parametrize(("loss", "gradient"), [(1.0, torch.inf), (1.0, torch.nan), (torch.nan, 1.0), (torch.inf, 1.0)])
+def test_a_step_that_is_not_finite_does_not_reach_the_weights_and_stops_the_run(settings, loss, gradient):
+    guard, weight = guarded_step(loss, gradient)
+    assert torch.equal(weight, torch.ones(3))
+    with pytest.raises(
+        UserError, match=r"step 1 is not finite .*nothing was saved yet.*--learning_rate 5e-05 --accept_changes"
+    ):
+        guard.check(settings._replace(CHECKPOINT_PATH="./none"), 1e-4, torch.amp.GradScaler("cpu", enabled=False))
+
+
+def test_a_finite_step_goes_through(settings):
+    guard, weight = guarded_step(1.0, 1.0)
+    assert torch.allclose(weight, torch.full((3,), 0.9))
+    guard.check(settings, 1e-4, torch.amp.GradScaler("cpu", enabled=False))
+
+
+def test_the_first_of_several_bad_steps_is_named(settings):
+    guard = FiniteGuard(torch.device("cpu"))
+    for step, loss in ((4, 1.0), (5, torch.nan), (6, torch.nan)):
+        guard.note(step, torch.tensor(loss), torch.tensor(1.0))
+    with pytest.raises(UserError, match="step 5 "):
+        guard.check(settings, 1e-4, torch.amp.GradScaler("cpu", enabled=False))
+
+
+def test_under_fp16_scaling_a_bad_step_is_skipped_and_the_scale_falls_until_there_is_no_hope(settings):
+    weight = nn.Parameter(torch.ones(3))
+    optimizer, guard = torch.optim.Adam([weight], lr=0.1, fused=True), FiniteGuard(torch.device("cpu"))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for scale in (2.0, 1.0, 0.5):
+        scaler.scale(torch.ones(())).clone()  # which makes the scale
+        weight.grad = torch.full((3,), torch.inf)
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        assert scaler.get_scale() == scale and torch.equal(weight, torch.ones(3))
+        if scale >= 1:
+            guard.check(settings, 1e-4, scaler)
+    with pytest.raises(UserError, match=r"overflow fp16 even unscaled.*--precision bf16 or fp32"):
+        guard.check(settings, 1e-4, scaler)
+
+
+def test_means_leave_out_what_is_not_finite():
+    meter = Meter(4, torch.device("cpu"))
+    meter.add(torch.tensor([1.0, torch.inf, 3.0, torch.nan]), torch.tensor([0, 1, 2, 3]))
+    meter.add_norm(torch.tensor(torch.inf))
+    meter.add_norm(torch.tensor(5.0))
+    assert meter.read() == {
+        "loss/train": 2.0,
+        "loss_by_t/1_least_noise": 1.0,
+        "loss_by_t/3": 3.0,
+        "optimizer/gradient_norm": 5.0,
+    }
+    meter.add_norm(torch.tensor(torch.nan))
+    assert meter.read() == {}
+
+
+# --- memory -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("batch", "passes", "advice"),
+    [
+        (16, 1, "--batch_size 8 --grad_accum_steps 2"),
+        (9, 2, "--batch_size 3 --grad_accum_steps 6"),
+        (7, 1, "--batch_size 1 --grad_accum_steps 7"),
+        (1, 4, "a smaller --unet_dim or --image_size"),
+    ],
+)
+def test_the_advice_on_memory_keeps_the_effective_batch(settings, batch, passes, advice):
+    assert advice in memory_advice(settings._replace(BATCH_SIZE=batch, GRAD_ACCUM_STEPS=passes))
+
+
+@pytest.mark.parametrize(
+    ("error", "is_memory"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 5.07 GB)"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (MemoryError("std::bad_alloc"), True),
+        (RuntimeError("shape '[2]' is invalid for input of size 3"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_running_out_of_memory_is_told_from_our_mistakes(error, is_memory):
+    assert is_out_of_memory(error) == is_memory

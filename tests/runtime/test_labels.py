@@ -1,0 +1,87 @@
+"""Class labels as people type them: names, ids, indices; and the sheet that shows them."""
+
+import pytest
+import torch
+
+from src.runtime.labels import labelled_sheet, parse_classes
+from src.utils import FlagError
+
+CLASSES = ["goldfish", "Egyptian cat", "tailed frog", "bullfrog", "school bus"]
+IDS = ["n01443537", "n02124075", "n01644900", "n01641577", "n04146614"]
+
+
+def parse(words):
+    return parse_classes(words, CLASSES, IDS)
+
+
+@pytest.mark.parametrize(
+    "words, labels",
+    [
+        ("goldfish", [0]),
+        ("Egyptian cat", [1]),
+        ("n01644900", [2]),
+        ("3", [3]),
+        ("0", [0]),
+        ("goldfish,n02124075,4", [0, 1, 4]),  # names, ids and indices, mixed
+        ("  goldfish , school bus", [0, 4]),
+        ("EGYPTIAN CAT,N01443537", [1, 0]),  # in any case
+        ("bullfrog,bullfrog,goldfish", [3, 3, 0]),  # as often and in the order asked for
+        ("all", [0, 1, 2, 3, 4]),
+        (" ALL ", [0, 1, 2, 3, 4]),
+    ],
+)
+def test_a_class_is_a_name_an_id_or_an_index(words, labels):
+    assert parse(words) == labels
+
+
+@pytest.mark.parametrize(
+    "words, advice",
+    [
+        ("goldfihs", "did you mean goldfish"),
+        ("goldfish,egyptain cat", "did you mean egyptian cat"),
+        ("frog", "tailed frog"),  # a part of the name
+        ("bus", "did you mean school bus"),
+        ("zzzzzz", "there are goldfish, Egyptian cat, "),
+        ("-1", "has no class '-1'"),
+        ("1.5", "has no class '1.5'"),
+        ("goldfish,,bullfrog", "has no class ''"),
+        ("", "has no class ''"),
+    ],
+)
+def test_a_word_that_is_no_class_is_refused_with_the_nearest_names(words, advice):
+    with pytest.raises(FlagError) as refused:
+        parse(words)
+    assert str(refused.value).startswith("--classes: ") and advice in str(refused.value)
+    assert refused.value.exit_code == 2
+
+
+@pytest.mark.parametrize("index", ["5", "1000000"])
+def test_an_index_beyond_the_last_class_is_refused_with_the_range(index):
+    with pytest.raises(FlagError, match=f"got {index}, but the checkpoint's 5 classes have indices 0 to 4"):
+        parse(index)
+
+
+def test_of_two_classes_with_one_name_the_first_is_meant_and_the_id_tells_them_apart():
+    """ImageNet has such: the bird n02012849 and the machine n03126707 are both a crane."""
+    classes, ids = ["crane", "crane"], ["n02012849", "n03126707"]
+    assert parse_classes("crane", classes, ids) == [0] and parse_classes("n03126707", classes, ids) == [1]
+
+
+def test_a_name_made_of_digits_is_a_name_before_it_is_an_index():
+    assert parse_classes("1,0", ["1", "0"], ["1", "0"]) == [0, 1]
+
+
+@pytest.mark.parametrize("size", [16, 64, 128])
+def test_the_sheet_shows_every_picture_with_ink_under_it(size):
+    levels = torch.arange(5, dtype=torch.uint8) * 40 + 50
+    pictures = levels.view(5, 1, 1, 1).expand(5, 3, size, size)
+    sheet = labelled_sheet(pictures, [*CLASSES[:4], "a name that is far too long to fit under any picture"], columns=3)
+    assert sheet.dtype == torch.uint8 and sheet.shape[0] == 3
+    height, width = sheet.shape[1] // 2, sheet.shape[2] // 3
+    for i, level in enumerate(levels):
+        top, left = i // 3 * height, i % 3 * width
+        tile = sheet[:, top : top + height, left : left + width]
+        assert tile.shape == (3, height, width) and width >= 96
+        assert (tile[:, 2:-16, 2:-2] == level).all()
+        assert tile[:, -14:].max() > 150  # the name, white on dark
+        assert (tile[:, -14:, -2:] == 32).all()  # and no name runs into its neighbour
