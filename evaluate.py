@@ -5,8 +5,6 @@ FID and its relatives by default; --nll, --loss and --nearest for the rest. docs
 
 import signal
 
-import src  # noqa: F401 (before torch: see there)
-
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() listens: Ctrl-C amid the imports shows no traceback
 
@@ -25,20 +23,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from src import noise
-from src.batches import validation_batches
+from src.dataset import DeviceImages
 from src.evaluation import likelihood
 from src.evaluation.nearest import nearest_mirrored
 from src.evaluation.picture_set import PictureSet, write_npz
 from src.evaluation.report import Evaluation, say, show
-from src.pictures import save_png
+from src.runtime.build import build_validation
 from src.runtime.distributed import World
 from src.runtime.flags import NOT_NEGATIVE, TRUTH, FlagParser, text, whole
-from src.runtime.labels import labelled_sheet
 from src.runtime.pipeline import add_drawing_flags, check_drawing_flags, duration
-from src.runtime.script import run_script
 from src.runtime.settings import RULES
-from src.runtime.signals import StopRequest
-from src.utils import FlagError, UserError, atomic_file, writing_to
+from src.runtime.signals import StopRequest, run_script
+from src.utils import FlagError, UserError, atomic_file, labelled_sheet, save_png, writing
 
 LOSS_BINS = 20
 SHEET_ROWS, SHEET_NEIGHBOURS = 32, 5  # of the sheet of nearest training pictures
@@ -169,7 +165,7 @@ def measure_bound(ev: Evaluation) -> dict[str, Any]:
     """Ho et al. 2020, Eq. (5), on held-out pictures, in bits per dimension. See src/evaluation/likelihood.py."""
     artist, flags = ev.artist, ev.flags
     assert artist
-    images = ev.split("val").to(artist.device)
+    images = DeviceImages(ev.split("val"), artist.device)
     time_steps, dimensions = artist.settings.TIME_STEPS, int(np.prod(artist.shape))
     count = min(flags.val_images or artist.settings.VAL_IMAGES, len(images))
     if count < 2:
@@ -181,12 +177,12 @@ def measure_bound(ev: Evaluation) -> dict[str, Any]:
 
     rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(noise.VALIDATION))[:count]
     nats = torch.zeros(count, 1 + len(parts), dtype=torch.float64)  # of each picture: the prior, then each part
-    starts = ev.world.mine(range(0, count, flags.batch_size))
+    starts = ev.world.shard(range(0, count, flags.batch_size))
     with tqdm(total=len(starts) * len(parts), unit="step", disable=ev.world.hides_bars, dynamic_ncols=True) as bar:
         for start in starts:
             batch = rows[start : start + flags.batch_size]
             x_0, y = images.batch(batch)
-            keys = noise.address(flags.seed, noise.VALIDATION, batch)
+            keys = noise.key(flags.seed, noise.VALIDATION, batch)
             columns = [likelihood.prior_term(artist.diffusion, x_0)]
             for part in parts:
                 labels = y if artist.settings.CLASS_CONDITIONAL else None
@@ -239,13 +235,13 @@ def measure_loss(ev: Evaluation) -> dict[str, Any]:
     assert artist
     s = artist.settings
     s = s._replace(VAL_IMAGES=ev.flags.val_images or s.VAL_IMAGES)
-    images = ev.split("val").to(artist.device)
+    images = DeviceImages(ev.split("val"), artist.device)
     count = min(s.VAL_IMAGES, len(images))
     seconds = artist.seconds_per_call(count, ev.flags.batch_size) * count / ev.world.size
     say("loss", f"{count:,} held-out pictures: about {duration(seconds)}")
     sums = torch.zeros(2, s.TIME_STEPS, dtype=torch.float64)  # of the losses and of the pictures at each t
     with tqdm(total=count, unit=" pictures", disable=ev.world.hides_bars, dynamic_ncols=True) as bar:
-        for batch in validation_batches(images, s._replace(BATCH_SIZE=ev.flags.batch_size * ev.world.size), ev.world):
+        for batch in build_validation(s, images, ev.world, ev.flags.batch_size):
             loss = artist.diffusion.eps_losses(artist.network, *batch).cpu().double()
             sums.index_add_(1, batch.t.cpu(), torch.stack([loss, torch.ones_like(loss)]))
             bar.update(len(batch.t) * ev.world.size)
@@ -368,7 +364,7 @@ def evaluate(flags: SimpleNamespace, world: World) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     def body(stop: StopRequest) -> None:
         flags = read_flags(sys.argv[1:] if argv is None else argv)
-        with World.join() as world, writing_to(Path(flags.output_dir), "--output_dir"):
+        with World.join() as world, writing(Path(flags.output_dir), "--output_dir"):
             evaluate(flags, world)
 
     out_of_memory = "Out of memory. Use a smaller --batch_size; it changes no figure."

@@ -2,8 +2,6 @@
 
 import signal
 
-import src  # noqa: F401 (before torch: see there)
-
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() listens: Ctrl-C amid the imports shows no traceback
 
@@ -20,16 +18,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from src.pictures import PictureNoise, grid, save_gif, save_png, slerp
+from src.noise import PictureNoise, slerp
 from src.runtime.device import describe
 from src.runtime.distributed import World
 from src.runtime.flags import NOT_NEGATIVE, TRUTH, FlagParser, text, whole
-from src.runtime.labels import labelled_sheet
-from src.runtime.pipeline import Artist, add_drawing_flags, check_drawing_flags, duration
-from src.runtime.script import run_script
+from src.runtime.pipeline import Pipeline, add_drawing_flags, check_drawing_flags, duration
 from src.runtime.settings import RULES
-from src.runtime.signals import StopRequest
-from src.utils import FlagError, UserError, atomic_file, make_folder, writing_to
+from src.runtime.signals import StopRequest, run_script
+from src.utils import FlagError, UserError, atomic_file, grid, labelled_sheet, make_folder, save_gif, save_png, writing
 
 GRID_PICTURES = 256  # the most that grid.png shows
 
@@ -75,40 +71,40 @@ def read_flags(argv: Sequence[str]) -> SimpleNamespace:
     return flags
 
 
-def draw_series(artist: Artist, flags: SimpleNamespace, bar: tqdm, frames: list | None, save: Callable) -> Tensor:
+def draw_series(pipeline: Pipeline, flags: SimpleNamespace, bar: tqdm, frames: list | None, save: Callable) -> Tensor:
     """Pictures start_index, start_index + 1, ... of the series, each saved as NUMBER.png. [N, 3, S, S] uint8."""
-    drawn = torch.zeros(flags.num_samples, *artist.shape, dtype=torch.uint8)
+    drawn = torch.zeros(flags.num_samples, *pipeline.shape, dtype=torch.uint8)
     indices = range(flags.start_index, flags.start_index + flags.num_samples)
-    for batch, pictures in artist.series(flags.seed, indices, flags.batch_size, bar, frames):
+    for batch, pictures in pipeline.series(flags.seed, indices, flags.batch_size, bar, frames):
         for index, picture in zip(batch, pictures):
             save(picture, f"{index:06}.png")
             drawn[index - flags.start_index] = picture
-    return artist.world.sum(drawn)  # those of other processes are zero here
+    return pipeline.world.sum(drawn)  # those of other processes are zero here
 
 
-def draw_walk(artist: Artist, flags: SimpleNamespace, bar: tqdm, frames: list | None, save: Callable) -> Tensor:
+def draw_walk(pipeline: Pipeline, flags: SimpleNamespace, bar: tqdm, frames: list | None, save: Callable) -> Tensor:
     """From one picture to another: slerp in x_T, and from one class to the other in the network's prediction."""
     ends = parse_ends(flags)
-    a, b = (PictureNoise(seed, [index], artist.shape, artist.device)(0)[0] for seed, index in ends)
-    label_a, label_b = (artist.label(index) for _, index in ends)
-    drawn = torch.zeros(flags.interp_steps, *artist.shape, dtype=torch.uint8)
+    a, b = (PictureNoise(seed, [index], pipeline.shape, pipeline.device)(0)[0] for seed, index in ends)
+    label_a, label_b = (pipeline.label(index) for _, index in ends)
+    drawn = torch.zeros(flags.interp_steps, *pipeline.shape, dtype=torch.uint8)
     shares = torch.linspace(0, 1, flags.interp_steps)
-    for start in artist.world.mine(range(0, len(shares), flags.batch_size)):
+    for start in pipeline.world.shard(range(0, len(shares), flags.batch_size)):
         batch = shares[start : start + flags.batch_size]
         x_T = torch.stack([slerp(a, b, share) for share in batch.tolist()])
-        y_a, y_b = (artist.to_y([label] * len(batch)) for label in (label_a, label_b))
-        weight = batch.to(artist.device)[:, None, None, None]
+        y_a, y_b = (pipeline.to_y([label] * len(batch)) for label in (label_a, label_b))
+        weight = batch.to(pipeline.device)[:, None, None, None]
 
         def network(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
             if y is None or label_a == label_b:
-                return artist.network(x, t, y)
-            return torch.lerp(artist.network(x, t, y_a), artist.network(x, t, y_b), weight)  # noqa: B023 (used at once)
+                return pipeline.network(x, t, y)
+            return torch.lerp(pipeline.network(x, t, y_a), pipeline.network(x, t, y_b), weight)  # noqa: B023 (used at once)
 
-        pictures = artist.draw(lambda k: x_T, y_a, len(batch), bar, frames if start == 0 else None, network)  # noqa: B023
+        pictures = pipeline.draw(lambda k: x_T, y_a, bar, frames if start == 0 else None, network)  # noqa: B023
         for i, picture in enumerate(pictures, start):
             save(picture, f"interpolation_{i:03}.png")
             drawn[i] = picture
-    return artist.world.sum(drawn)
+    return pipeline.world.sum(drawn)
 
 
 def parse_ends(flags: SimpleNamespace) -> list[tuple[int, int]]:
@@ -119,21 +115,21 @@ def parse_ends(flags: SimpleNamespace) -> list[tuple[int, int]]:
     return [(end[0], end[1]) if len(end) == 2 else (flags.seed, end[0]) for end in ends]
 
 
-def save_labels(path: Path, artist: Artist, flags: SimpleNamespace) -> None:
+def save_labels(path: Path, pipeline: Pipeline, flags: SimpleNamespace) -> None:
     """labels.csv: a line for each picture."""
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["file", "seed", "index", "label", "class_id", "class"])
     for index in range(flags.start_index, flags.start_index + flags.num_samples):
-        label = artist.label(index)
-        known = ["", "", ""] if label is None else [label, artist.class_ids[label], artist.classes[label]]
+        label = pipeline.label(index)
+        known = ["", "", ""] if label is None else [label, pipeline.class_ids[label], pipeline.classes[label]]
         writer.writerow([f"{index:06}.png", flags.seed, index, *known])
     with atomic_file(path) as file:
         file.write(table.getvalue().encode())
 
 
 def sample(flags: SimpleNamespace, world: World) -> None:
-    artist, out = Artist(flags, world), Path(flags.output_dir)
+    pipeline, out = Pipeline(flags, world), Path(flags.output_dir)
     is_walk = flags.interpolate is not None
     count = flags.interp_steps if is_walk else flags.num_samples
     files = (
@@ -148,17 +144,18 @@ def sample(flags: SimpleNamespace, world: World) -> None:
 
     make_folder(out, "--output_dir")
 
-    print(f"checkpoint {flags.checkpoint}, {flags.weights} weights, {artist.settings.IMAGE_SIZE}x{artist.settings.IMAGE_SIZE}")
-    print(f"device     {describe(artist.device)}, {str(artist.dtype).removeprefix('torch.')}")
-    seconds = artist.seconds(count, flags.batch_size)
-    print(f"drawing    {count:,} pictures by {flags.sampler} in {artist.steps:,} steps: about {duration(seconds)}")
+    size = f"{pipeline.settings.IMAGE_SIZE}x{pipeline.settings.IMAGE_SIZE}"
+    print(f"checkpoint {flags.checkpoint}, {flags.weights} weights, {size}")
+    print(f"device     {describe(pipeline.device)}, {str(pipeline.dtype).removeprefix('torch.')}")
+    seconds = pipeline.seconds(count, flags.batch_size)
+    print(f"drawing    {count:,} pictures by {flags.sampler} in {pipeline.steps:,} steps: about {duration(seconds)}")
 
     start = time.perf_counter()
     frames: list[Tensor] | None = [] if flags.gif else None
-    batches = len(world.mine(range(0, count, flags.batch_size)))
-    with tqdm(total=batches * artist.steps, unit="step", disable=world.hides_bars, dynamic_ncols=True) as bar:
+    batches = len(world.shard(range(0, count, flags.batch_size)))
+    with tqdm(total=batches * pipeline.steps, unit="step", disable=world.hides_bars, dynamic_ncols=True) as bar:
         pictures = (draw_walk if is_walk else draw_series)(
-            artist, flags, bar, frames, lambda picture, name: save_png(picture, out / name)
+            pipeline, flags, bar, frames, lambda picture, name: save_png(picture, out / name)
         )
     if not world.is_main:
         return
@@ -166,12 +163,12 @@ def sample(flags: SimpleNamespace, world: World) -> None:
         save_png(grid(pictures, columns=count), out / "interpolation.png")
     else:
         shown = pictures[:GRID_PICTURES]
-        if artist.labels:
-            names = [artist.classes[artist.label(flags.start_index + i)] for i in range(len(shown))]
-            save_png(labelled_sheet(shown, names, columns=min(10, len(artist.labels))), out / "grid.png")
+        if pipeline.labels:
+            names = [pipeline.classes[pipeline.label(flags.start_index + i)] for i in range(len(shown))]
+            save_png(labelled_sheet(shown, names, columns=min(10, len(pipeline.labels))), out / "grid.png")
         else:
             save_png(grid(shown), out / "grid.png")
-        save_labels(out / "labels.csv", artist, flags)
+        save_labels(out / "labels.csv", pipeline, flags)
     if frames:
         save_gif(frames, out / "denoising.gif")
     if flags.npz:
@@ -183,7 +180,7 @@ def sample(flags: SimpleNamespace, world: World) -> None:
 def main() -> int:
     def body(stop: StopRequest) -> None:
         flags = read_flags(sys.argv[1:])
-        with World.join() as world, writing_to(Path(flags.output_dir), "--output_dir"):
+        with World.join() as world, writing(flags.output_dir, "--output_dir"):
             sample(flags, world)
 
     out_of_memory = "Out of memory. Use a smaller --batch_size; it changes no picture."

@@ -1,1 +1,0 @@
-import src  # noqa: F401 (before torch, as the scripts do)

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import torch
 from PIL import Image
+from src.images import DeviceImages, Images
 from torch.utils.data import DataLoader, Subset
 from torchvision import datasets, transforms
 
@@ -26,7 +27,6 @@ from benchmarks.common import Row, alternate, main, quartiles, ratios, report, s
 from src import noise
 from src.data.shapes import Shapes
 from src.dataset import prepare
-from src.images import DeviceImages, Images
 from src.runtime.device import pick_device
 from src.runtime.flags import FOLDER, whole
 from src.runtime.settings import RULES
@@ -67,7 +67,7 @@ def reading(images: DeviceImages, batch: int, batches: int) -> Callable[[], None
         for _ in range(batches):
             k = next(count)
             places = torch.arange(k * batch, (k + 1) * batch)
-            flip = noise.chance(noise.address(0, noise.TRAIN_FLIP, places), 0.5)
+            flip = noise.bernoulli(noise.key(0, noise.TRAIN_FLIP, places), 0.5)
             images.batch(order[places % len(images)], flip)
 
     return read

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
+from src.images import Images
 
 import train
 from benchmarks.common import (
@@ -32,8 +33,7 @@ from benchmarks.common import (
     spread,
 )
 from benchmarks.ours import Step
-from src.batches import Batch, TrainBatches
-from src.images import Images
+from src.dataset import Batch, TrainBatches
 from src.runtime.device import pick_device, synchronize
 from src.runtime.flags import whole
 from src.runtime.settings import Settings

@@ -6,17 +6,16 @@ from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
+from src.images import Images
 from torch import Tensor, nn
 
 from src import noise
-from src.batches import Batch, TrainBatches
+from src.dataset import Batch, TrainBatches
 from src.ema import EMA
-from src.images import Images
 from src.model import Upsample
 from src.runtime.build import build_diffusion, build_model, build_optimizer
 from src.runtime.device import InPrecision, pick_precision, place, should_compile
-from src.runtime.guard import FiniteGuard
-from src.runtime.meter import Meter
+from src.runtime.monitor import FiniteGuard, Meter
 from src.runtime.settings import Settings
 
 

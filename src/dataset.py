@@ -1,66 +1,49 @@
-"""Every dataset by one path: decode once to a uint8 cache file, map it into memory, serve batches from it.
+"""The images: which datasets there are, and the batches of training and validation.
 
-A dataset is any map-style torch Dataset of (image, label); DATASETS says which there are. `prepare` returns its
-Images, and `Images.to(device)` what training draws from.
+Every dataset takes the same path. It is decoded once to a uint8 cache file (src/data/cache.py), which is mapped into memory
+or lives on the GPU; a batch is then an index, a flip and a scale. Each batch depends on (seed, step) and on the position of an
+image in its step alone: there is no state that a resumed run would have to restore, and processes that share a batch draw
+what one process would have drawn.
 """
 
-import contextlib
-import hashlib
-import json
-import math
 import os
-import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
+from torch import Tensor
 
-from src.data.decode import to_uint8
-from src.data.folder import ImageFolder, TinyImageNet, obtain_tiny_imagenet
+from src import noise
+from src.data.cache import Images, open_or_decode
+from src.data.folder import ImageFolder
 from src.data.shapes import Shapes
-from src.images import DeviceImages, Images, normalise
-from src.utils import UserError, atomic_file, cpu_cores
-
-__all__ = [
-    "DATASETS",
-    "DeviceImages",
-    "Images",
-    "normalise",
-    "obtain_tiny_imagenet",
-    "prepare",
-    "test_dataset",
-    "to_uint8",
-]
+from src.data.tiny_imagenet import TinyImageNet, obtain_tiny_imagenet
+from src.utils import UserError
 
 # name -> function of (path, split "train" or "val", image_size) that gives a Dataset of (image, label).
 # An image is a PIL image, a uint8 array [H, W, 3], or a tensor [3, H, W], uint8 or float in [0, 1]; its size is free.
-# A class of your own is one line here, without random augmentation, as it is decoded once:
+# A class of your own is one line here, without random augmentation, because it is decoded once:
 #     "cifar10": lambda path, split, image_size: torchvision.datasets.CIFAR10(path, split == "train", download=True),
-# The Dataset may carry `classes` (names by label), `class_ids`, and `fingerprint` (text that changes when the
-# pictures do; otherwise a few pictures are compared at each start).
+# The Dataset may have `classes` (names by label), `class_ids`, and `fingerprint` (text that changes when the
+# images do; otherwise a few images are compared at each start).
 DATASETS: dict[str, Callable[[Any, str, int], Any]] = {
     "tiny-imagenet": lambda path, split, image_size: TinyImageNet(path, split),
     "folder": lambda path, split, image_size: ImageFolder(path, split),
     "shapes": lambda path, split, image_size: Shapes(split, image_size),
 }
 
-FORMAT = 1  # of the cache file and of to_uint8; count up when either changes, and caches are made again
-CHUNK = 64  # pictures a worker decodes and hands over at a time
-ABANDONED = 600  # seconds without a write after which a half-made cache is left over from a killed run
+
+# name -> function of (path, url, size, md5) that downloads and unpacks the data of a dataset, if they are not there yet.
+OBTAIN: dict[str, Callable[[Any, str, int, str], None]] = {"tiny-imagenet": obtain_tiny_imagenet}
 
 
-class Labelled(Protocol):
-    """What a dataset has to offer: a length, and (image, label) by index."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> tuple[Any, int]: ...
+def obtain(name: str, path: str | os.PathLike, url: str, size: int = 0, md5: str = "") -> None:
+    """Make the data of dataset `name` exist at `path`, if it is one that can be downloaded. Raises UserError."""
+    if name in OBTAIN:
+        OBTAIN[name](path, url, size, md5)
 
 
 def prepare(
@@ -71,11 +54,12 @@ def prepare(
     cache_path: str | os.PathLike = "./data/cache",
     num_workers: int = -1,
 ) -> Images:
-    """The dataset `name` at `path` as Images, from the cache file if that is still true, else decoded first.
+    """The split "train" or "val" of dataset `name` at `path`, from its cache file, or decoded first if that is not there or
+    no longer true.
 
-    num_workers: processes that decode; -1 one per core, 0 this process.
-    Several processes: let one call this first, the others after it.
-    Raises UserError: no such dataset, a picture that cannot be read, a cache folder that cannot be written.
+    num_workers: processes that decode; -1 is one per core, 0 is this process.
+    Several processes: let one of them call this first, then the others.
+    Raises UserError: no such dataset, an image that cannot be read, a cache folder that cannot be written.
     """
     if name not in DATASETS:
         raise UserError(
@@ -83,186 +67,156 @@ def prepare(
         )
     dataset = DATASETS[name](path, split, image_size)
     if len(dataset) == 0:
-        raise UserError(f"{name} {split} at {path} has no pictures.")
-    fingerprint = getattr(dataset, "fingerprint", None) or sampled_fingerprint(dataset, image_size)
-    cache = cache_file(name, path, split, image_size, cache_path)
-    with cache_advice(cache, len(dataset) * 3 * image_size**2):
-        remove_abandoned(cache)
-        images, stale = open_cache(cache, fingerprint)
-        if images is None:
-            print(f"{name} {split}: decoding {len(dataset):,} images to {cache}" + (f" ({stale})" if stale else ""))
-            write_cache(cache, dataset, image_size, fingerprint, num_workers)
-            images, stale = open_cache(cache, fingerprint)
-            if images is None:
-                raise UserError(f"{cache} cannot be read back after writing it: {stale}. Is the disk sound?")
-    print(
-        f"{name} {split}: {len(images):,} images of {len(images.classes)} "
-        f"{'class' if len(images.classes) == 1 else 'classes'} at {image_size}x{image_size}, from {cache}"
-    )
-    return images
+        raise UserError(f"{name} {split} at {path} has no images.")
+    source = "" if name == "shapes" else os.path.abspath(path)  # shapes come from no folder
+    return open_or_decode(dataset, name, split, image_size, source, Path(cache_path), num_workers)
 
 
-def cache_file(name: str, path: str | os.PathLike, split: str, image_size: int, cache_path: str | os.PathLike) -> Path:
-    """E.g. data/cache/tiny-imagenet-train-64-1f3a92c4.npy; the digits tell one source folder from another."""
-    digits = hashlib.sha256(os.path.abspath(path).encode("utf-8", "surrogateescape")).hexdigest()[:8]
-    source = "" if name == "shapes" else f"-{digits}"  # shapes come from no folder
-    return Path(cache_path) / f"{name}-{split}-{image_size}{source}.npy"
+def normalise(u8: Tensor, flip: Tensor | None = None) -> Tensor:
+    """uint8 [B, 3, S, S] -> float32 in [-1, 1], mirrored left to right where flip (bool [B]) is true."""
+    if flip is not None:
+        every_bit = (flip.to(torch.uint8) * 255)[:, None, None, None]
+        u8 = u8 ^ ((u8 ^ u8.flip(-1)) & every_bit)  # what where() means, at five times its speed on a CPU
+    return u8.to(torch.float32) / 127.5 - 1
 
 
-def sampled_fingerprint(dataset: Labelled, image_size: int) -> str:
-    """For a dataset without a fingerprint: its class, length, and eight of its pictures."""
-    digest = hashlib.sha256(f"{type(dataset).__qualname__} {len(dataset)}".encode())
-    for index in np.linspace(0, len(dataset) - 1, 8).astype(int):
-        image, label = dataset[int(index)]
-        digest.update(to_uint8(image, image_size).tobytes() + str(int(label)).encode())
-    return digest.hexdigest()
+class DeviceImages:
+    """Decoded images on a device.
 
-
-class Chunks(Dataset):
-    """Chunk i of a dataset, decoded: (uint8 [K, 3, S, S], int64 [K]), or a line for each picture that cannot be read.
-
-    Lines, because an exception would leave a worker process as a traceback. numpy arrays, because tensors
-    would travel through /dev/shm, of which containers often have 64 MB.
+    On a GPU with room, `pixels` uint8 [N, 3, S, S] holds them all; otherwise pixels is None and batches are gathered from the
+    memory-mapped file. `labels` int64 [N] are on the device in both cases.
     """
 
-    def __init__(self, dataset: Labelled, image_size: int):
-        self.dataset, self.image_size = dataset, image_size
+    def __init__(self, images: Images, device: torch.device | str):
+        self.device = torch.device(device)
+        self.source = np.asarray(images.images)  # without the memmap class, whose indexing is slower
+        self.labels = images.labels.to(self.device)
+        self.pixels: Tensor | None = None
+        if self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
+            if self.source.nbytes < free / 4:  # the rest is for weights, moments and activations
+                self.pixels = torch.empty(self.source.shape, dtype=torch.uint8, device=self.device)
+                for rows in torch.arange(len(self)).split(4096):  # in parts: the array need not fit into memory
+                    self.pixels[rows[0] : rows[-1] + 1] = self.gather(rows)
 
     def __len__(self) -> int:
-        return math.ceil(len(self.dataset) / CHUNK)
+        return len(self.source)
 
-    def __getitem__(self, chunk: int) -> tuple[np.ndarray, np.ndarray] | str:
-        images, labels, faults = [], [], []
-        for index in range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(self.dataset))):
-            try:
-                image, label = self.dataset[index]
-                images.append(to_uint8(image, self.image_size))
-                labels.append(int(label))
-            except UserError as error:
-                faults.append(str(error))
-        return "\n".join(faults) or (np.stack(images), np.array(labels, dtype=np.int64))
+    def batch(self, rows: Tensor, flip: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """rows: int64 [B] in [0, N), flip: bool [B] or None, both on the CPU.
+
+        Returns x_0 float32 [B, 3, S, S] in [-1, 1] and y int64 [B], on the device.
+        """
+        device_rows = rows.to(self.device, non_blocking=True)
+        u8 = self.gather(rows) if self.pixels is None else self.pixels.index_select(0, device_rows)
+        if flip is not None:
+            flip = flip.to(self.device, non_blocking=True)
+        return normalise(u8, flip), self.labels.index_select(0, device_rows)
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Copy rows out of the mapped file to the device, as uint8: a quarter of the bytes of float32."""
+        indices = rows.numpy()
+        assert len(rows) == 0 or 0 <= indices.min() <= indices.max() < len(self.source), "a row outside the dataset"
+        is_pinned = self.device.type == "cuda"  # then the copy runs while the CPU goes on
+        u8 = torch.empty((len(rows), *self.source.shape[1:]), dtype=torch.uint8, pin_memory=is_pinned)
+        np.take(self.source, indices, axis=0, out=u8.numpy(), mode="clip")  # "raise" would buffer; checked above
+        return u8.to(self.device, non_blocking=True)
 
 
-def as_it_is(chunk):
-    """For DataLoader, whose own habit is to turn arrays into tensors. Named, so that it pickles under spawn."""
-    return chunk
+class Batch(NamedTuple):
+    x_0: Tensor  # [B, 3, S, S] float32, pixels in [-1, 1]
+    t: Tensor  # [B] int64 in [0, T)
+    eps: Tensor  # [B, 3, S, S] float32, standard normal
+    y: Tensor | None  # [B] int64 labels, -1 where hidden; None for a network without labels
 
 
-def decoded(dataset: Labelled, image_size: int, num_workers: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The chunks of a dataset in order, with a progress bar. Raises UserError for a picture that cannot be read."""
-    chunks = Chunks(dataset, image_size)
-    workers = min(cpu_cores() if num_workers < 0 else num_workers, len(chunks))
-    # a generator of its own: DataLoader draws a seed, and a run must not depend on whether the cache was there
-    loader = DataLoader(
-        chunks,
-        batch_size=None,
-        num_workers=workers if workers > 1 else 0,
-        collate_fn=as_it_is,
-        generator=torch.Generator(),
-    )
-    try:
-        with tqdm(total=len(dataset), desc="decoding", unit=" images", unit_scale=True, disable=None) as bar:
-            faults: list[str] = []
-            for chunk in loader:
-                if isinstance(chunk, str):
-                    faults += chunk.splitlines()
-                elif not faults:
-                    yield chunk
-                bar.update(CHUNK if isinstance(chunk, str) else len(chunk[1]))
-        if faults:  # all of them at once: who mends one and starts again should not meet the next
-            more = [f"... and {len(faults) - 20:,} more."] if len(faults) > 20 else []
-            raise UserError("\n".join(faults[:20] + more))
-    except RuntimeError as error:
-        if "DataLoader worker" in str(error):
+class TrainBatches:
+    """batches(step, micro) -> Batch: lines 2 to 4 of Algorithm 1, for pass number `micro` of optimizer step number `step`.
+
+    Each epoch is a new order of all images, cut into steps of batch_size * grad_accum_steps; the rest is not used in that
+    epoch. With several processes each gets its part of the batch: batch_size / world_size images that lie side by side.
+
+    label_dropout: the probability that a label is hidden, or None for a network without labels.
+    Raises UserError if there are fewer images than a step takes.
+    """
+
+    def __init__(
+        self,
+        images: DeviceImages,
+        *,
+        batch_size: int,
+        grad_accum_steps: int = 1,
+        time_steps: int = 1000,
+        horizontal_flip: bool = True,
+        label_dropout: float | None = None,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self.images, self.device, self.seed = images, images.device, seed
+        self.time_steps, self.horizontal_flip, self.label_dropout = time_steps, horizontal_flip, label_dropout
+        self.batch_size, self.local_batch_size = batch_size, batch_size // world_size  # of all processes, of this one
+        self.first = rank * self.local_batch_size
+        self.images_per_step = batch_size * grad_accum_steps
+        self.steps_per_epoch = len(images) // self.images_per_step
+        if not self.steps_per_epoch:
             raise UserError(
-                "A process that decodes images was killed, perhaps for lack of memory. "
-                "Try fewer with NUM_WORKERS / --num_workers, 0 for none."
-            ) from error
-        raise
-
-
-# --- the cache file ---------------------------------------------------------------------------------
-# Three .npy arrays in one file: images uint8 [N, 3, S, S] (so np.load(file, mmap_mode="r") opens them), labels
-# int64 [N], and a JSON text. The text comes last: a file that has it is whole.
-def write_cache(cache: Path, dataset: Labelled, image_size: int, fingerprint: str, num_workers: int) -> None:
-    """Decode and write. Plain writes, no writable map: on a full disk a map would kill the process (SIGBUS)."""
-    all_labels = []
-    with atomic_file(cache) as file:
-        shape = (len(dataset), 3, image_size, image_size)
-        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        for images, labels in decoded(dataset, image_size, num_workers):
-            file.write(images.data)
-            all_labels.append(labels)
-        labels = np.concatenate(all_labels)
-        classes = list(getattr(dataset, "classes", None) or map(str, range(labels.max() + 1)))
-        if labels.min() < 0 or labels.max() >= len(classes):
-            raise UserError(
-                f"The dataset has labels from {labels.min()} to {labels.max()} but {len(classes)} class "
-                f"names; labels must lie in 0 to {len(classes) - 1}."
+                f"{len(images)} training images are fewer than one step takes, BATCH_SIZE {batch_size} x "
+                f"GRAD_ACCUM_STEPS {grad_accum_steps}. Use a smaller --batch_size."
             )
-        about = {
-            "format": FORMAT,
-            "fingerprint": fingerprint,
-            "classes": classes,
-            "class_ids": list(getattr(dataset, "class_ids", None) or classes),
-        }
-        np.save(file, labels)
-        np.save(file, np.array(json.dumps(about)))
+        self.epoch, self.order = -1, torch.empty(0)
+
+    def rows(self, step: int, positions: Tensor) -> Tensor:
+        """Which images stand at these positions of the step. positions: [B] int64 in [0, images_per_step). Returns [B]."""
+        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+        if epoch != self.epoch:
+            shuffle = torch.Generator().manual_seed(noise.seed(self.seed, noise.DATA_ORDER, epoch))
+            self.epoch, self.order = epoch, torch.randperm(len(self.images), generator=shuffle)
+        return self.order[step_of_epoch * self.images_per_step + positions]
+
+    def __call__(self, step: int, micro: int) -> Batch:
+        first = micro * self.batch_size + self.first
+        positions = torch.arange(first, first + self.local_batch_size)
+
+        def keys(purpose: int) -> Tensor:
+            return noise.key(self.seed, purpose, step, positions)
+
+        flip = noise.bernoulli(keys(noise.TRAIN_FLIP), 0.5) if self.horizontal_flip else None
+        x_0, y = self.images.batch(self.rows(step, positions), flip)
+        t = noise.randint(keys(noise.TRAIN_TIME), self.time_steps).to(self.device, non_blocking=True)
+        eps = noise.normal(keys(noise.TRAIN_NOISE).to(self.device, non_blocking=True), x_0.shape[1:])
+        if self.label_dropout is None:
+            return Batch(x_0, t, eps, None)
+        hidden = noise.bernoulli(keys(noise.TRAIN_LABEL), self.label_dropout).to(self.device, non_blocking=True)
+        return Batch(x_0, t, eps, torch.where(hidden, -1, y))
 
 
-def open_cache(cache: Path, fingerprint: str) -> tuple[Images | None, str]:
-    """(Images, ""), or (None, the reason why it must be made again; "" where there is none yet)."""
-    try:
-        with open(cache, "rb") as file:
-            np.lib.format.read_magic(file)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-            offset = file.tell()
-            file.seek(math.prod(shape), os.SEEK_CUR)
-            labels = np.load(file, allow_pickle=False)
-            about = json.loads(np.load(file, allow_pickle=False).item())
-            if dtype != np.uint8 or len(shape) != 4 or labels.shape != shape[:1] or file.read(1):
-                raise ValueError("unexpected content")
-            if about["format"] != FORMAT:
-                return None, "the cache is of another version of this program"
-            if about["fingerprint"] != fingerprint:
-                return None, "the pictures have changed since the cache was made"
-            classes, class_ids = about["classes"], about["class_ids"]
-    except FileNotFoundError:
-        return None, ""
-    except PermissionError:
-        raise
-    except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError):
-        return None, "the cache is damaged"
-    images = np.memmap(cache, dtype=np.uint8, mode="r", offset=offset, shape=shape)
-    return Images(images, torch.from_numpy(labels), classes, class_ids, cache), ""
-
-
-@contextlib.contextmanager
-def cache_advice(cache: Path, needed: int) -> Iterator[None]:
-    """Say what to do where the cache, of `needed` bytes, cannot be written or read."""
-    try:
-        yield
-    except OSError as error:
-        folder = cache.parent
-        while not folder.is_dir() and folder != folder.parent:
-            folder = folder.parent
-        raise UserError(
-            f"Cannot keep the decoded images in {cache}: {error.strerror or error}. It needs "
-            f"{needed / 1e6:,.0f} MB, {shutil.disk_usage(folder).free / 1e6:,.0f} MB are free there. "
-            f"Make room or mend the permissions, or choose another folder with CACHE_PATH / --cache_path."
-        ) from error
-
-
-def remove_abandoned(cache: Path) -> None:
-    """Remove what a killed run left of this file. A run that is alive writes every few seconds."""
-    for part in cache.parent.glob(f".{cache.name}.part-*"):
-        with contextlib.suppress(OSError):
-            if time.time() - part.stat().st_mtime > ABANDONED:
-                part.unlink()
+def validation_batches(
+    images: DeviceImages,
+    *,
+    count: int,
+    batch_size: int,
+    time_steps: int = 1000,
+    has_labels: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[Batch]:
+    """`count` validation images, each always with the same t and noise. They depend neither on the seed of the run nor on the
+    batch size, so runs can be compared. The steps t are spread evenly over [0, T) and dealt out at random. With several
+    processes each gets every world_size-th batch. batch_size: images per batch and process."""
+    count = min(count, len(images))
+    fixed = torch.Generator().manual_seed(noise.VALIDATION)
+    rows = torch.randperm(len(images), generator=fixed)[:count]  # at random: the images come class by class
+    times = (torch.arange(count) * time_steps // count)[torch.randperm(count, generator=fixed)]
+    for positions in torch.arange(count).split(batch_size)[rank::world_size]:
+        x_0, y = images.batch(rows[positions])
+        keys = noise.key(0, noise.VALIDATION, positions).to(images.device, non_blocking=True)
+        t, eps = times[positions].to(images.device, non_blocking=True), noise.normal(keys, x_0.shape[1:])
+        yield Batch(x_0, t, eps, y if has_labels else None)
 
 
 def test_dataset() -> None:
-    """Smoke check for `python -c`, offline, a few seconds. Raises AssertionError; tests/ holds what must hold."""
+    """Self-test for `python -c`, offline, a few seconds. Raises AssertionError; tests/ holds what must hold."""
     from PIL import Image
 
     with tempfile.TemporaryDirectory() as folder:
@@ -274,10 +228,9 @@ def test_dataset() -> None:
         assert torch.bincount(again.labels).tolist() == [200] * 10, "the classes are not balanced"
         print("ok: 2,000 shapes of 10 classes, decoded once, read back from the cache")
 
-        rows = torch.arange(16)
-        all_of_them = torch.ones(16, dtype=torch.bool)
-        x_0, y = again.to("cpu").batch(rows, None)
-        mirrored, _ = again.to("cpu").batch(rows, all_of_them)
+        images, rows = DeviceImages(again, "cpu"), torch.arange(16)
+        x_0, y = images.batch(rows)
+        mirrored, _ = images.batch(rows, torch.ones(16, dtype=torch.bool))
         assert x_0.dtype == torch.float32 and x_0.min() >= -1 and x_0.max() <= 1 and x_0.std() > 0.1
         assert torch.equal(mirrored.flip(-1), x_0), "flipping twice does not give the image back"
         assert torch.equal(y, again.labels[rows])
@@ -299,4 +252,4 @@ def test_dataset() -> None:
             raise AssertionError("a broken picture went unnoticed")
         print("ok: pictures of odd kinds are read, and a broken one is named")
 
-        del first, again  # Windows removes no file that is still mapped
+        del first, again, images  # Windows removes no file that is still mapped

@@ -1,8 +1,8 @@
 """The diffusion process of Ho et al. 2020 (arXiv:2006.11239), in the order of the paper.
 
-Symbols are the paper's: x_0 is a clean image with pixels in [-1, 1], x_t the same after step t, eps the noise,
-abar the product of all alpha = 1 - beta so far. Index t = 0 in code is the paper's t = 1, the first and least
-noisy step; what the paper calls t = 0 is the clean image, where abar = 1. Nothing below shifts an index again.
+Symbols are the paper's: x_0 is a clean image with pixels in [-1, 1], x_t the same image after step t, eps the noise, abar the
+product of all alpha = 1 - beta so far. Index t = 0 in code is the paper's t = 1, the first and least noisy step; what the
+paper calls t = 0 is the clean image, where abar = 1. Nothing below shifts an index again.
 """
 
 import math
@@ -14,20 +14,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from src.samplers import SAMPLERS, Step, Trajectory, posterior
+from src.samplers import SAMPLERS, Denoiser, Step
 
 Model = Callable[..., Tensor]  # model(x_t, t, y) -> [B, 3, S, S]; t: [B] int64; y: [B] int64 or None
+
+# --- the schedule: Eq. (2), sec. 4 ----------------------------------------------------------------------
 
 
 def linear_betas(time_steps: int) -> Tensor:
     """beta from 1e-4 to 0.02 in equal steps (sec. 4) for T = 1000. For another T they scale by 1000 / T, so that the
-    noise adds up to the same; a beta of 0.999 is the most there is. Returns [T] float64."""
+    noise adds up to the same; a beta of 0.999 is the largest. Returns [T] float64."""
     scale = 1000 / time_steps
     return torch.linspace(1e-4 * scale, 0.02 * scale, time_steps, dtype=torch.float64).clamp(max=0.999)
 
 
 def cosine_betas(time_steps: int) -> Tensor:
-    """abar falls as a squared cosine (Nichol & Dhariwal 2021, arXiv:2102.09672, Eq. 17), beta at most 0.999.
+    """abar falls as a squared cosine (Nichol & Dhariwal 2021, arXiv:2102.09672, Eq. 17), beta is at most 0.999.
     Returns [T] float64."""
     time = torch.linspace(0, 1, time_steps + 1, dtype=torch.float64)
     abar = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -36,6 +38,18 @@ def cosine_betas(time_steps: int) -> Tensor:
 
 SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas}
 PREDICTIONS = ("eps", "v", "x0")
+
+
+def posterior(abar_t, abar_s):
+    """q(x_s | x_t, x_0) = N(w_0 x_0 + w_t x_t, var I), Eqs. (6), (7), for any s < t: the step's alpha is abar_t / abar_s.
+    Takes floats or float64 tensors and returns (w_0, w_t, var) of the same kind."""
+    alpha = abar_t / abar_s
+    beta = 1 - alpha
+    return (
+        abar_s**0.5 * beta / (1 - abar_t),
+        alpha**0.5 * (1 - abar_s) / (1 - abar_t),
+        beta * (1 - abar_s) / (1 - abar_t),
+    )
 
 
 def at(table: Tensor, t: Tensor) -> Tensor:
@@ -50,6 +64,7 @@ class GaussianDiffusion(nn.Module):
     "x0".   min_snr_gamma: caps the loss weight of low-noise steps (arXiv:2303.09556), 0 is off.
 
     `betas` and `alphas_cumprod` are [T] float64 on the CPU; the tables used on images are their float32 roundings.
+    Raises ValueError for a value that is not allowed.
     """
 
     signal: Tensor
@@ -90,7 +105,7 @@ class GaussianDiffusion(nn.Module):
         for name, table in tables.items():
             self.register_buffer(name, table.float(), persistent=False)  # follows from the settings: not checkpointed
 
-    # --- forward process: Eq. (4) ---------------------------------------------------------------------------------
+    # --- forward process: Eq. (4) -----------------------------------------------------------------------
 
     def q_sample(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Noise clean images straight to step t, Eq. (4).
@@ -99,15 +114,15 @@ class GaussianDiffusion(nn.Module):
         """
         return at(self.signal, t) * x_0 + at(self.sigma, t) * noise
 
-    # --- posterior: Eqs. (6), (7) ---------------------------------------------------------------------------------
+    # --- posterior: Eqs. (6), (7) -----------------------------------------------------------------------
 
     def q_posterior(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q(x_{t-1} | x_t, x_0): its mean, like x_0; its variance beta_tilde, [B, 1, 1, 1], 0 at t = 0; and the logarithm
-        of the variance, [B, 1, 1, 1], with the value of t = 1 at t = 0."""
+        of the variance, [B, 1, 1, 1], which at t = 0 has the value of t = 1."""
         mean = at(self.w_0, t) * x_0 + at(self.w_t, t) * x_t
         return mean, at(self.var, t), at(self.log_var, t)
 
-    # --- what the network predicts --------------------------------------------------------------------------------
+    # --- what the network predicts ----------------------------------------------------------------------
 
     def target(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """What the network should give for x_t: the noise, x_0, or v = signal noise - sigma x_0 (arXiv:2202.00512, app. D)."""
@@ -118,7 +133,7 @@ class GaussianDiffusion(nn.Module):
         return at(self.signal, t) * noise - at(self.sigma, t) * x_0
 
     def to_x_0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The clean image that the network's prediction for x_t amounts to, unclipped. Eq. (15) for eps."""
+        """The clean image that belongs to the network's prediction for x_t, not clipped. Eq. (15) for eps."""
         if self.prediction == "eps":
             return (x_t - at(self.sigma, t) * prediction) / at(self.signal, t)
         if self.prediction == "x0":
@@ -126,20 +141,20 @@ class GaussianDiffusion(nn.Module):
         return at(self.signal, t) * x_t - at(self.sigma, t) * prediction
 
     def to_eps(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The noise that the network's prediction for x_t amounts to."""
+        """The noise that belongs to the network's prediction for x_t."""
         if self.prediction == "eps":
             return prediction
         if self.prediction == "x0":
             return (x_t - at(self.signal, t) * prediction) / at(self.sigma, t)
         return at(self.sigma, t) * x_t + at(self.signal, t) * prediction
 
-    # --- loss: L_simple, Eq. (14) ---------------------------------------------------------------------------------
+    # --- loss: L_simple, Eq. (14) -----------------------------------------------------------------------
 
     def training_losses(
         self, model: Model, x_0: Tensor, t: Tensor, noise: Tensor | None = None, y: Tensor | None = None
     ) -> Tensor:
         """Squared error of the prediction, mean over pixels, times the min-SNR weight. Shapes as in q_sample; noise is
-        drawn where none is given.   y: [B] int64 labels, -1 for none, or None.   Returns [B] float32."""
+        drawn if none is given.   y: [B] int64 labels, -1 for none, or None.   Returns [B] float32."""
         noise = torch.randn_like(x_0) if noise is None else noise
         prediction = model(self.q_sample(x_0, t, noise), t, y).float()
         losses = (prediction - self.target(x_0, t, noise)).square().flatten(1).mean(1)
@@ -147,52 +162,28 @@ class GaussianDiffusion(nn.Module):
 
     @torch.no_grad()
     def eps_losses(self, model: Model, x_0: Tensor, t: Tensor, noise: Tensor, y: Tensor | None = None) -> Tensor:
-        """Squared error of the noise, unweighted, whatever the network predicts: comparable between runs. Returns [B]."""
+        """Squared error of the noise without weights, whatever the network predicts: comparable between runs. Returns [B]."""
         x_t = self.q_sample(x_0, t, noise)
         eps = self.to_eps(model(x_t, t, y).float(), x_t, t)
         return (eps - noise).square().flatten(1).mean(1)
 
-    # --- reverse process: Alg. 2 and its faster relatives in samplers.py ------------------------------------------
+    # --- reverse process: Alg. 2 and its faster relatives in samplers.py ---------------------------------
 
     def path(self, steps: int | None = None) -> list[Step]:
         """`steps` steps from pure noise to the clean image, evenly spaced in t and starting at T - 1 (the "trailing"
-        spacing of Lin et al. 2023, arXiv:2305.08891, sec. 3.3), or all T of them. Any number from 1 to T."""
+        spacing of Lin et al. 2023, arXiv:2305.08891, sec. 3.3). Any number from 1 to T; None is all T."""
         steps = self.time_steps if steps is None else steps
         if not 1 <= steps <= self.time_steps:
             raise ValueError(f"steps is {steps}, expected a number from 1 to {self.time_steps}, the model's TIME_STEPS")
         times = [round(self.time_steps * (1 - i / steps)) - 1 for i in range(steps)]
-        abar = self.alphas_cumprod[times].tolist()
-        return [Step(*step) for step in zip(times, abar, [*abar[1:], 1.0])]
+        abar = [*self.alphas_cumprod[times].tolist(), 1.0]
+        return [Step(t, abar_t, abar_s, *posterior(abar_t, abar_s)) for t, abar_t, abar_s in zip(times, abar, abar[1:])]
 
-    @torch.no_grad()  # not `with`: around a `yield` that would switch off the caller's gradients as well
-    def trajectory(
-        self,
-        model: Model,
-        shape: tuple[int, ...],
-        sampler: str = "ddpm",
-        steps: int | None = None,
-        eta: float = 0.0,
-        noise: Tensor | Callable[[int], Tensor] | None = None,
-        generator: torch.Generator | None = None,
-        y: Tensor | None = None,
-        guidance: float = 1.0,
-        clip_denoised: bool = True,
-        progress: bool = False,
-    ) -> Trajectory:
-        """As `sample`, but yields (x, x_0) after each step: where the images are, and the clean images predicted."""
-        if sampler not in SAMPLERS:
-            raise ValueError(f"sampler is {sampler!r}, expected one of {', '.join(SAMPLERS)}")
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta is {eta}, expected a number from 0 to 1")
-        device = self.signal.device
-
-        def fresh(k: int) -> Tensor:
-            if callable(noise):
-                return noise(k)
-            return torch.randn(shape, generator=generator, device=generator.device if generator else device).to(device)
+    def denoiser(self, model: Model, y: Tensor | None = None, guidance: float = 1.0, clip_denoised: bool = True) -> Denoiser:
+        """What a sampler asks: predict_x_0(x_t, t), the clean image by the network's prediction. Arguments as in `sample`."""
 
         def predict_x_0(x_t: Tensor, t: int) -> Tensor:
-            ts = torch.full((shape[0],), t, device=x_t.device)
+            ts = torch.full((len(x_t),), t, device=x_t.device)
             if guidance == 1 or y is None:
                 prediction = model(x_t, ts, y)
             elif guidance == 0:
@@ -203,12 +194,9 @@ class GaussianDiffusion(nn.Module):
             x_0 = self.to_x_0(prediction.float(), x_t, ts)
             return x_0.clamp(-1, 1) if clip_denoised else x_0  # before the mean: afterwards it would change nothing
 
-        path = self.path(steps)
-        x_t = noise if isinstance(noise, Tensor) else fresh(0)
-        states = SAMPLERS[sampler](x_t, path, predict_x_0, fresh, eta)
-        with eval_mode(model):
-            yield from tqdm(states, total=len(path), desc=sampler, unit="step", disable=not progress)
+        return predict_x_0
 
+    @torch.no_grad()
     def sample(
         self,
         model: Model,
@@ -223,24 +211,37 @@ class GaussianDiffusion(nn.Module):
         clip_denoised: bool = True,
         progress: bool = False,
     ) -> Tensor:
-        """Draw pictures: the last state of `trajectory`.
+        """Draw images by Alg. 2 or a faster sampler.
 
         model: (x_t, t, y) -> prediction; a module is put into eval mode and back.   shape: (B, 3, S, S).
         sampler: a name in SAMPLERS.   steps: 1 to T, or None for all T.   eta: randomness of ddim, 0 to 1.
         noise: x_T, or a function whose value at k = 0 is x_T and at k = 1, 2, ... the fresh noise of step k.
-        generator: for what `noise` does not give.   y: [B] int64 labels or None.   guidance: 1 follows the label, 0 ignores
-        it, more than 1 exaggerates it at twice the network calls.   clip_denoised: clip each predicted x_0 to [-1, 1].
-        Returns [B, 3, S, S] float32; within [-1, 1] where clip_denoised. Raises ValueError for an option that cannot be.
+        generator: for the noise that `noise` does not give.   y: [B] int64 labels or None.   guidance: 1 follows the label,
+        0 ignores it, more than 1 exaggerates it and needs two network calls a step.   clip_denoised: clip each predicted
+        x_0 to [-1, 1].   Returns [B, 3, S, S] float32. Raises ValueError for an option that is not allowed.
         """
-        options = (sampler, steps, eta, noise, generator, y, guidance, clip_denoised, progress)
-        for x, _ in self.trajectory(model, shape, *options):  # noqa: B007 (the last one is the result)
-            pass
+        if sampler not in SAMPLERS:
+            raise ValueError(f"sampler is {sampler!r}, expected one of {', '.join(SAMPLERS)}")
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta is {eta}, expected a number from 0 to 1")
+        device = self.signal.device
+
+        def fresh(k: int) -> Tensor:
+            if callable(noise):
+                return noise(k)
+            return torch.randn(shape, generator=generator, device=generator.device if generator else device).to(device)
+
+        path, x = self.path(steps), noise if isinstance(noise, Tensor) else fresh(0)
+        states = SAMPLERS[sampler](x, path, self.denoiser(model, y, guidance, clip_denoised), fresh, eta)
+        with eval_mode(model):
+            for x, _ in tqdm(states, total=len(path), desc=sampler, unit="step", disable=not progress):  # noqa: B007
+                pass
         return x
 
 
 @contextmanager
 def eval_mode(model: Model) -> Iterator[None]:
-    """Dropout off inside, and each module back in the mode that it was found in. Plain functions pass through."""
+    """Dropout off inside the block; afterwards each module is back in its mode. Plain functions pass through."""
     modules = [module for module in model.modules() if module.training] if isinstance(model, nn.Module) else []
     for module in modules:
         module.training = False

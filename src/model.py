@@ -1,7 +1,7 @@
 """The U-Net that looks at a noisy image x_t and its step t and predicts the noise (or v, or x_0).
 
 The shape is that of Ho et al. 2020 (arXiv:2006.11239, app. B) with the changes of Nichol & Dhariwal 2021
-(arXiv:2102.09672): the step enters by scale and shift after the second norm, attention has several heads.
+(arXiv:2102.09672): the step enters by scale and shift after the second norm, and attention has several heads.
 """
 
 import math
@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
-from src.runtime.kernels import GroupNorm
 
 
 def norm_groups(dim: int) -> int:
@@ -38,14 +36,14 @@ def zeroed(layer: nn.Module) -> nn.Module:
 
 
 class ResBlock(nn.Module):
-    """Two convolutions around a residual; the step (and class) embedding scales and shifts between them."""
+    """Two convolutions and a residual connection. The embedding of step and class scales and shifts between them."""
 
     def __init__(self, dim_in: int, dim_out: int, emb_dim: int, groups: int, dropout: float):
         super().__init__()
-        self.norm_1 = GroupNorm(groups, dim_in)
+        self.norm_1 = nn.GroupNorm(groups, dim_in)
         self.conv_1 = nn.Conv2d(dim_in, dim_out, 3, padding=1)
         self.scale_shift = nn.Linear(emb_dim, 2 * dim_out)
-        self.norm_2 = GroupNorm(groups, dim_out)
+        self.norm_2 = nn.GroupNorm(groups, dim_out)
         self.dropout = nn.Dropout(dropout)
         self.conv_2 = zeroed(nn.Conv2d(dim_out, dim_out, 3, padding=1))
         self.skip = nn.Conv2d(dim_in, dim_out, 1) if dim_in != dim_out else nn.Identity()
@@ -58,34 +56,31 @@ class ResBlock(nn.Module):
         return self.skip(x) + self.conv_2(self.dropout(h))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v, each [B, heads, tokens, d]."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
-        # The fused kernel's backward pass takes 2 to 4 times as long as the formula (64 to 256 tokens, torch 2.15).
-        return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1) @ v
-    return F.scaled_dot_product_attention(q, k, v)
-
-
 class Attention(nn.Module):
-    """Multi-head self-attention over all pixels, as a residual. Heads of 64 channels, or wider where 64 does not divide."""
+    """Multi-head self-attention over all pixels, with a residual connection. Heads have 64 channels, or more if 64 does
+    not divide `dim`."""
 
     def __init__(self, dim: int, groups: int):
         super().__init__()
         self.heads = next(heads for heads in range(max(1, dim // 64), 0, -1) if dim % heads == 0)
-        self.norm = GroupNorm(groups, dim)
+        self.norm = nn.GroupNorm(groups, dim)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = zeroed(nn.Linear(dim, dim))
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """softmax(q k^T / sqrt(d)) v, each [B, heads, tokens, d]."""
+        return F.scaled_dot_product_attention(q, k, v)
+
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, dim, S, S].   Returns the same shape."""
-        tokens = self.norm(x).flatten(2).transpose(1, 2)  # [B, S^2, dim]: no copy where x is channels_last
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # [B, S^2, dim]: no copy if x is channels_last
         q, k, v = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, S^2, dim / heads]
-        h = attend(q, k, v).transpose(1, 2).flatten(2)
+        h = self.attend(q, k, v).transpose(1, 2).flatten(2)
         return x + self.out(h).transpose(1, 2).unflatten(2, x.shape[2:])
 
 
-class Stage(nn.Module):
-    """A residual block, with self-attention behind it where the level has any."""
+class Block(nn.Module):
+    """A residual block, followed by self-attention on the levels that have it."""
 
     def __init__(self, dim_in: int, dim_out: int, emb_dim: int, groups: int, dropout: float, attention: bool):
         super().__init__()
@@ -106,29 +101,12 @@ class Downsample(nn.Conv2d):
 class Upsample(nn.Conv2d):
     """Double the resolution: each pixel becomes four, then a 3x3 convolution."""
 
-    # What output rows of either parity see of the input, by row of the kernel: (above, own, own), (own, own, below).
-    ROWS = ((1, 0, 0), (0, 1, 1)), ((1, 1, 0), (0, 0, 1))  # [parity, input row, kernel row]
-
-    short_cut_on = ("cpu",)  # 5% of a training step there; on GPUs not yet measured
-
     def __init__(self, dim: int):
         super().__init__(dim, dim, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, dim, S, S].   Returns [B, dim, 2 S, 2 S]."""
-        if x.device.type not in self.short_cut_on:
-            return super().forward(F.interpolate(x, scale_factor=2, mode="nearest"))
-        # The same function with 4 products instead of 9: nine weights meet only 2x2 different pixels, so those that meet the
-        # same one are summed first, once for each parity of the output's rows and columns.
-        with torch.autocast(x.device.type, enabled=False):  # sums in float32
-            rows = self.weight.new_tensor(self.ROWS)
-            kernels = torch.einsum("pik,qjl,ockl->pqocij", rows, rows, self.weight)
-
-        def part(p: int, q: int) -> Tensor:
-            return F.conv2d(F.pad(x, (1 - q, q, 1 - p, p)), kernels[p, q], self.bias).permute(0, 2, 3, 1)  # [B, S, S, dim]
-
-        doubled = torch.stack([torch.stack([part(p, 0), part(p, 1)], dim=3) for p in (0, 1)], dim=2)  # [B, S, 2, S, 2, dim]
-        return doubled.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+        return super().forward(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
 class UNet(nn.Module):
@@ -139,6 +117,7 @@ class UNet(nn.Module):
     attention_resolutions: pixels per side at which attention follows each block; the middle always has it.
     num_classes: 0 for a network without labels.
     activation_checkpointing: keep only each block's input for the backward pass and compute the rest again.
+    Raises ValueError for sizes that do not divide.
     """
 
     down: Any  # nn.ModuleLists, whose items a type checker cannot know
@@ -165,48 +144,45 @@ class UNet(nn.Module):
         self.dim, self.num_classes, self.activation_checkpointing = dim, num_classes, activation_checkpointing
         emb_dim = 4 * dim
         self.time_mlp = nn.Sequential(nn.Linear(dim, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
-        # One row more than classes: the last stands for "no label", in guidance-free training and sampling.
+        # One row more than classes: the last stands for "no label" (classifier-free guidance).
         self.class_embedding = nn.Embedding(num_classes + 1, emb_dim) if num_classes else None
 
-        def stage(dim_in: int, dim_out: int, size: int) -> Stage:
-            return Stage(dim_in, dim_out, emb_dim, groups, dropout, attention=size in attention_resolutions)
+        def block(dim_in: int, dim_out: int, attention: bool) -> Block:
+            return Block(dim_in, dim_out, emb_dim, groups, dropout, attention)
 
-        dims = [dim * mult for mult in dim_mults]
-        sizes = [image_size >> level for level in range(len(dims))]
+        levels = [(dim * mult, image_size >> level) for level, mult in enumerate(dim_mults)]  # channels, pixels per side
+        smallest = levels[-1][1]
         self.stem = nn.Conv2d(3, dim, 3, padding=1)
         skip_dims, h_dim = [dim], dim  # what each skip connection carries, and what flows on
         self.down = nn.ModuleList()
-        for level_dim, size in zip(dims, sizes):
-            stages = nn.ModuleList()
+        for level_dim, size in levels:
+            blocks = nn.ModuleList()
             for _ in range(num_res_blocks):
-                stages.append(stage(h_dim, level_dim, size))
+                blocks.append(block(h_dim, level_dim, size in attention_resolutions))
                 skip_dims.append(h_dim := level_dim)
-            is_last = size == sizes[-1]
-            self.down.append(nn.ModuleDict({"stages": stages} | ({} if is_last else {"shrink": Downsample(h_dim)})))
-            if not is_last:
+            self.down.append(nn.ModuleDict({"blocks": blocks}))
+            if size > smallest:
+                self.down[-1]["downsample"] = Downsample(h_dim)
                 skip_dims.append(h_dim)
-        self.middle = nn.ModuleList(
-            [
-                Stage(h_dim, h_dim, emb_dim, groups, dropout, attention=True),
-                Stage(h_dim, h_dim, emb_dim, groups, dropout, attention=False),
-            ]
-        )
+        self.middle = nn.ModuleList([block(h_dim, h_dim, attention=True), block(h_dim, h_dim, attention=False)])
         self.up = nn.ModuleList()
-        for level_dim, size in zip(reversed(dims), reversed(sizes)):
-            stages = nn.ModuleList()
+        for level_dim, size in reversed(levels):
+            blocks = nn.ModuleList()
             for _ in range(num_res_blocks + 1):
-                stages.append(stage(h_dim + skip_dims.pop(), level_dim, size))
+                blocks.append(block(h_dim + skip_dims.pop(), level_dim, size in attention_resolutions))
                 h_dim = level_dim
-            self.up.append(nn.ModuleDict({"stages": stages} | ({} if size == image_size else {"grow": Upsample(h_dim)})))
-        self.head = nn.Sequential(GroupNorm(groups, h_dim), nn.SiLU(), zeroed(nn.Conv2d(h_dim, 3, 3, padding=1)))
+            self.up.append(nn.ModuleDict({"blocks": blocks}))
+            if size < image_size:
+                self.up[-1]["upsample"] = Upsample(h_dim)
+        self.head = nn.Sequential(nn.GroupNorm(groups, h_dim), nn.SiLU(), zeroed(nn.Conv2d(h_dim, 3, 3, padding=1)))
 
-    def run(self, stage: Stage, h: Tensor, emb: Tensor) -> Tensor:
+    def run(self, block: Block, h: Tensor, emb: Tensor) -> Tensor:
         if self.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(stage, h, emb, use_reentrant=False)
-        return stage(h, emb)
+            return checkpoint(block, h, emb, use_reentrant=False)
+        return block(h, emb)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """x: [B, 3, S, S] float, x_t in units where pixels lie in [-1, 1].   t: [B] int64 in [0, T).
+        """x: [B, 3, S, S] float, x_t in units in which pixels lie in [-1, 1].   t: [B] int64 in [0, T).
         y: [B] int64 class labels, -1 where there is none, or None for no labels at all.
         Returns [B, 3, S, S] float32.
         """
@@ -219,21 +195,24 @@ class UNet(nn.Module):
         h = self.stem(x)  # [B, dim, S, S]
         skips = [h]
         for level in self.down:
-            for stage in level["stages"]:
-                h = self.run(stage, h, emb)
+            for block in level["blocks"]:
+                h = self.run(block, h, emb)
                 skips.append(h)
-            if "shrink" in level:
-                h = level["shrink"](h)
+            if "downsample" in level:
+                h = level["downsample"](h)
                 skips.append(h)
-        for stage in self.middle:  # [B, dim * dim_mults[-1], S / 8, S / 8] with four levels
-            h = self.run(stage, h, emb)
+        for block in self.middle:  # [B, dim * dim_mults[-1], S / 8, S / 8] with four levels
+            h = self.run(block, h, emb)
         for level in self.up:
-            for stage in level["stages"]:
-                h = self.run(stage, torch.cat([h, skips.pop()], dim=1), emb)
-            if "grow" in level:
-                h = level["grow"](h)
+            for block in level["blocks"]:
+                h = self.run(block, torch.cat([h, skips.pop()], dim=1), emb)
+            if "upsample" in level:
+                h = level["upsample"](h)
         assert not skips, f"{len(skips)} skip connections were never used"
-        return self.head(h).float()  # [B, 3, S, S]
+        norm, activation, conv = self.head
+        h = activation(norm(h))
+        with torch.autocast(x.device.type, enabled=False):  # float32: near t = T an error here is magnified 160-fold in x_0
+            return conv(h.to(conv.weight.dtype))  # [B, 3, S, S]
 
 
 def parameter_count(model: nn.Module) -> int:

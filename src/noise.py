@@ -1,20 +1,23 @@
-"""Random numbers that follow from where they are used, never from what was drawn before.
+"""Random numbers that depend on where they are used, and never on what was drawn before.
 
-A generator with a state gives numbers that depend on every draw since its seed, and so on the batch size,
-the number of processes and the step at which a run was resumed. Here a number is a hash of its address:
-(seed, purpose, step, row, position). Any process, on any device, can ask for any row of any step, in any
-order, and gets the same value (on another device up to rounding in the logarithm, sine and cosine).
+A generator with a state gives numbers that depend on every draw since its seed: on the batch size, on the number of
+processes, and on the step at which a run was resumed. Here a number is a hash of its key (seed, purpose, step, row) and its
+position. Any process, on any device, can ask for any row of any step in any order, and gets the same value (on another
+device up to rounding in the logarithm, sine and cosine).
 
-The hash is SplitMix64 (Steele, Lea, Flood 2014, doi:10.1145/2714064.2660195), used as a counter-based
-generator in the sense of Salmon et al. 2011 (doi:10.1145/2063384.2063405).
+The hash is SplitMix64 (Steele, Lea, Flood 2014, doi:10.1145/2714064.2660195), used as a counter-based generator in the sense
+of Salmon et al. 2011 (doi:10.1145/2063384.2063405).
 """
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, odd, as a signed 64-bit number: the stride of SplitMix64
 
-# Purposes: the second part of an address, so that no two uses of a seed share numbers.
+# Purposes: the second part of a key, so that no two uses of a seed share numbers.
 TRAIN_NOISE, TRAIN_TIME, TRAIN_FLIP, TRAIN_LABEL, DATA_ORDER, WEIGHTS, DROPOUT, VALIDATION, PICTURE = range(9)
 
 
@@ -25,43 +28,67 @@ def mix(x: Tensor) -> Tensor:
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
 
 
-def address(*parts: int | Tensor) -> Tensor:
-    """Fold the parts, ints or int64 tensors that broadcast, into int64 keys. address(seed, PICTURE, rows) -> [B]."""
-    key = torch.zeros((), dtype=torch.int64)
+def key(*parts: int | Tensor) -> Tensor:
+    """Fold the parts, ints or int64 tensors that broadcast, into int64 keys. key(seed, PICTURE, rows) -> [B]."""
+    folded = torch.zeros((), dtype=torch.int64)
     for part in parts:
-        key = mix(key + part + GOLDEN)
-    return key
+        folded = mix(folded + part + GOLDEN)
+    return folded
 
 
-def hashes(keys: Tensor, count: int) -> Tensor:
-    """`count` independent int64 hashes under each key. keys: [B] int64. Returns [B, count]."""
+def bits(keys: Tensor, count: int) -> Tensor:
+    """`count` independent int64 hashes for each key. keys: [B] int64. Returns [B, count]."""
     counter = torch.arange(1, count + 1, device=keys.device)
     return mix(keys[:, None] + counter * GOLDEN)
 
 
 def normal(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal numbers, `shape` of them under each key. keys: [B] int64. Returns [B, *shape] float32.
+    """Standard normal numbers, `shape` of them for each key. keys: [B] int64. Returns [B, *shape] float32.
 
-    Box and Muller: each 64-bit hash gives two uniforms of 24 bits and so two normals, |z| <= 5.8.
+    Box-Muller: each 64-bit hash gives two uniform numbers of 24 bits and so two normal ones, |z| <= 5.8.
     """
     size = torch.Size(shape).numel()
-    bits = hashes(keys, (size + 1) // 2)
-    radius = (((bits >> 40) & 0xFFFFFF) + 1).float().mul(2**-24).log().mul(-2).sqrt()  # + 1: log(0) never happens
-    angle = ((bits >> 16) & 0xFFFFFF).float().mul(2 * torch.pi * 2**-24)
+    random = bits(keys, (size + 1) // 2)
+    radius = (((random >> 40) & 0xFFFFFF) + 1).float().mul(2**-24).log().mul(-2).sqrt()  # + 1: log(0) never happens
+    angle = ((random >> 16) & 0xFFFFFF).float().mul(2 * torch.pi * 2**-24)
     z = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)
     return z[:, :size].unflatten(1, shape)
 
 
-def integers(keys: Tensor, high: int) -> Tensor:
-    """One integer in [0, high) under each key, each as likely to within high / 2^53. keys: [B]. Returns [B] int64."""
-    return ((hashes(keys, 1)[:, 0] >> 11) & 0x1FFFFFFFFFFFFF) % high
+def randint(keys: Tensor, high: int) -> Tensor:
+    """One integer in [0, high) for each key, all equally likely to within high / 2^53. keys: [B]. Returns [B] int64."""
+    return ((bits(keys, 1)[:, 0] >> 11) & 0x1FFFFFFFFFFFFF) % high
 
 
-def chance(keys: Tensor, probability: float) -> Tensor:
-    """True with the given probability under each key. keys: [B] int64. Returns [B] bool."""
-    return integers(keys, 1 << 24) < round(probability * (1 << 24))
+def bernoulli(keys: Tensor, probability: float) -> Tensor:
+    """True with the given probability for each key. keys: [B] int64. Returns [B] bool."""
+    return randint(keys, 1 << 24) < round(probability * (1 << 24))
 
 
-def integer_seed(*parts: int) -> int:
-    """A seed in [0, 2^63) for a library that keeps its own generator (weight initialisation, permutations)."""
-    return int(address(*parts)) & 0x7FFFFFFFFFFFFFFF
+def seed(*parts: int) -> int:
+    """A seed in [0, 2^63) for a library that has its own generator (weight initialisation, permutations)."""
+    return int(key(*parts)) & 0x7FFFFFFFFFFFFFFF
+
+
+class PictureNoise:
+    """All the noise of some images. It depends on (seed, number of the image, step) alone: an image is the same in any batch.
+
+    Called with k = 0 it gives x_T, with k = 1, 2, ... the fresh noise of a sampler's step k; each [B, *shape] float32.
+    """
+
+    def __init__(self, seed: int, indices: Sequence[int], shape: tuple[int, int, int], device: torch.device | str):
+        self.keys = key(seed, PICTURE, torch.tensor(list(indices))).to(device)
+        self.shape = shape
+
+    def __call__(self, k: int) -> Tensor:
+        return normal(key(self.keys, k), self.shape)
+
+
+def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """Walk from a (share 0) to b (share 1) along the great circle. Every point has the norm of a normal sample; on a
+    straight line the points between would hold too little noise. a, b: of one shape."""
+    cosine = F.cosine_similarity(a.flatten(), b.flatten(), dim=0).double().clamp(-1, 1)
+    angle = cosine.acos()
+    if angle < 1e-6:  # the two have the same direction: the circle is a line
+        return torch.lerp(a, b, share)
+    return ((((1 - share) * angle).sin() * a + (share * angle).sin() * b) / angle.sin()).to(a.dtype)

@@ -1,28 +1,61 @@
-"""What every other module may lean on: the user's errors, files that are whole or not there, the cores."""
+"""Errors that the user can fix, files that are whole or absent, and images on disk."""
 
 import contextlib
+import errno
+import math
 import os
+import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
 
 class UserError(Exception):
-    """Something that the user can mend. The scripts print its one sentence, no traceback, and exit with `exit_code`."""
+    """Something that the user can fix. The scripts print its sentence without a traceback and exit with `exit_code`."""
 
     exit_code = 1
 
 
 class FlagError(UserError):
-    """A flag or constant that cannot be: what was given, what is allowed. Found before data or a GPU is touched."""
+    """A flag or constant that is not allowed. It is raised before data is read or a GPU is touched."""
 
     exit_code = 2
 
 
+# --- files ----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
+    """Open a file for writing that appears at `path` whole or not at all.
+
+    The bytes go to `.NAME.part-RANDOM` in the same folder, are flushed to the disk, and take the name in one rename. If the
+    body raises or the disk is full, what stood at `path` stays, and the part is removed.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name[:100]}.part-{secrets.token_hex(4)}")  # random: other machines share the folder
+    try:
+        with open(part, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        flush_folder(path.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+
+
 def flush_folder(folder: Path) -> None:
-    """Make a rename inside `folder` survive a power cut. Windows has no such call and needs none."""
-    if os.name != "nt":
+    """Make a rename inside `folder` survive a power cut. Windows and some network drives cannot, and need not."""
+    with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -31,49 +64,104 @@ def flush_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
-    """Open a file for writing that appears at `path` whole, or not at all.
-
-    The bytes go to a neighbour named `.NAME.part-PID`, are flushed to the disk, and take the name in one
-    rename. Where the body raises, or the disk is full, what stood at `path` stays and the neighbour is removed.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part-{os.getpid()}")
-    try:
-        with open(part, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-        flush_folder(path.parent)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-
-
-@contextlib.contextmanager
-def writing_to(folder: Path, flag: str) -> Iterator[None]:
-    """Say what to do where something in `folder` cannot be written. flag: the setting that named the folder."""
+def reading(path: str | os.PathLike, advice: str = "Fix its permissions, or choose another one.") -> Iterator[None]:
+    """Turn an OSError in the block into a UserError that says what could not be read, and why."""
     try:
         yield
     except OSError as error:
-        existing = next((parent for parent in [folder, *folder.absolute().parents] if parent.is_dir()), Path("/"))
-        raise UserError(
-            f"Cannot write to {folder}: {error.strerror or error}. {shutil.disk_usage(existing).free / 1e6:,.0f} MB are "
-            f"free there. Make room, mend its permissions, or choose another folder with {flag}."
-        ) from None
+        raise UserError(f"Cannot read {path}: {reason(error)}. {advice}") from error
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike, flag: str, note: str = "") -> Iterator[None]:
+    """Turn an OSError in the block into a UserError that says what could not be written, and why.
+    flag: the setting that chose the place, such as --output_dir.   note: a sentence to add, on what is kept."""
+    try:
+        yield
+    except OSError as error:
+        advice = f"Choose another place with {flag}."
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            advice = f"Free some space{free_space(Path(path))}, or choose another place with {flag}."
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            advice = f"Fix the permissions, or choose another place with {flag}."
+        raise UserError(f"Cannot write to {path}: {reason(error)}. {advice} {note}".rstrip()) from error
+
+
+def reason(error: OSError) -> str:
+    """The cause in words."""
+    if isinstance(error, IsADirectoryError):
+        return "it is a folder, and a file is needed"
+    if isinstance(error, (NotADirectoryError, FileExistsError)):
+        return "a file stands where a folder is needed"
+    return error.strerror or str(error) or type(error).__name__
+
+
+def free_space(path: Path) -> str:
+    """ " (12 MB are free there)", or nothing where that cannot be told."""
+    for folder in [path, *path.absolute().parents]:
+        with contextlib.suppress(OSError):
+            return f" ({shutil.disk_usage(folder).free / 1e6:,.0f} MB are free there)"
+    return ""
 
 
 def make_folder(folder: Path, flag: str) -> None:
-    """Make a folder and see that it can be written to, or raise UserError as `writing_to` does."""
-    with writing_to(folder, flag):
+    """Make a folder and check that files can be written there. Raises UserError as `writing` does."""
+    with writing(folder, flag):
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
+        probe = folder / f".probe.part-{secrets.token_hex(4)}"
         probe.touch()
         probe.unlink()
 
 
-def cpu_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+# --- images on disk -------------------------------------------------------------------------------------
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """[B, 3, S, S] float in [-1, 1] to uint8 in [0, 255], rounded to the nearest, on the CPU."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+
+
+def grid(images: Tensor, columns: int | None = None) -> Tensor:
+    """One image [3, H, W] from [B, 3, S, S] uint8: nearly square, and in full rows if possible."""
+    from torchvision.utils import make_grid  # here, because this import takes longer than many a drawing
+
+    root = math.ceil(math.sqrt(len(images)))
+    full_rows = (width for width in range(root, 3 * root // 2) if len(images) % width == 0)
+    return make_grid(images, nrow=columns or next(full_rows, root), padding=2, pad_value=32)
+
+
+def labelled_sheet(images: Tensor, names: Sequence[str], columns: int) -> Tensor:
+    """A grid with a name under each image. images: [B, 3, S, S] uint8. Returns [3, H, W] uint8."""
+    font, line = ImageFont.load_default(size=11), 14
+    size = images.shape[-1]
+    zoom = max(1, round(96 / size))  # wide enough for a name
+    width, height = size * zoom + 4, size * zoom + line + 4
+    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), (32, 32, 32))
+    pen = ImageDraw.Draw(sheet)
+    for i, (image, name) in enumerate(zip(images, names)):
+        left, top = i % columns * width + 2, i // columns * height + 2
+        sheet.paste(to_pil(image).resize((size * zoom, size * zoom), Image.Resampling.NEAREST), (left, top))
+        while pen.textlength(name, font) > width - 4:
+            name = name.removesuffix("…")[:-1] + "…"
+        pen.text((left, top + size * zoom), name, fill="white", font=font)
+    return torch.frombuffer(bytearray(sheet.tobytes()), dtype=torch.uint8).view(sheet.height, sheet.width, 3).permute(2, 0, 1)
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """[3, H, W] uint8 to a PIL image."""
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+
+
+def save_png(image: Tensor, path: Path) -> None:
+    """Write [3, H, W] uint8 as a PNG that is whole or absent."""
+    with atomic_file(path) as file:
+        to_pil(image).save(file, format="PNG")
+
+
+def save_gif(frames: Sequence[Tensor], path: Path, seconds: float = 4.0) -> None:
+    """Write [3, H, W] uint8 frames as an endless GIF of about `seconds`, which rests on the last one."""
+    pause = max(20, round(1000 * seconds / len(frames)))  # ms; browsers slow down anything under 20
+    first, *others = [to_pil(frame) for frame in frames]
+    with atomic_file(path) as file:
+        durations = [pause] * len(others) + [1500]
+        first.save(file, format="GIF", save_all=True, append_images=others, duration=durations, loop=0)

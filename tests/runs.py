@@ -203,7 +203,7 @@ def signal_at(step: int, micro: int = 0, *names: str) -> str:
     """Setup of a run that gets the signals, by name, when it draws micro-batch `micro` of step number `step` from 0."""
     return f"""
 import os, signal
-from src.batches import TrainBatches
+from src.dataset import TrainBatches
 
 draw = TrainBatches.__call__
 

@@ -1,7 +1,5 @@
 """The running average of the weights, against its closed form."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -34,7 +32,7 @@ def test_after_the_warm_up_the_average_is_the_geometric_sum():
     ema = EMA(model, decay)
     for i in range(1, n + 1):
         set_weights(model, float(i * i))
-        ema.update(model, step=100 + i)
+        ema.update(step=100 + i)
     expected = decay**n * 5 + (1 - decay) * sum(decay ** (n - i) * i * i for i in range(1, n + 1))
     assert average(ema) == pytest.approx(expected, rel=1e-12)
 
@@ -46,7 +44,7 @@ def test_during_the_warm_up_the_decay_is_1_plus_step_over_10_plus_step():
     set_weights(model, 0.0)
     left = 1.0
     for step in range(20):
-        ema.update(model, step)
+        ema.update(step)
         left *= (1 + step) / (10 + step)
         assert average(ema) == pytest.approx(left, rel=1e-12)
     assert average(ema) < 1e-6  # the random start is soon forgotten
@@ -57,10 +55,10 @@ def test_the_warm_up_never_exceeds_the_decay_asked_for():
     ema = EMA(model, 0.5)
     set_weights(model, 0.0)
     for step, left in enumerate((1 / 10, 1 / 10 * 2 / 11, 1 / 10 * 2 / 11 * 3 / 12)):
-        ema.update(model, step)
+        ema.update(step)
         assert average(ema) == pytest.approx(left)
     before = average(ema)
-    ema.update(model, 1000)
+    ema.update(1000)
     assert average(ema) == pytest.approx(before / 2)
 
 
@@ -70,7 +68,7 @@ def test_decay_0_follows_the_raw_weights():
     ema = EMA(model, 0.0)
     for step in (0, 1, 5, 10_000):
         nn.init.normal_(model.weight)
-        ema.update(model, step)
+        ema.update(step)
         assert torch.equal(ema.model.weight, model.weight)
 
 
@@ -78,7 +76,7 @@ def test_the_average_of_a_constant_is_that_constant():
     model = nn.Linear(8, 8)
     ema = EMA(model, 0.999)
     for step in range(100):
-        ema.update(model, step)
+        ema.update(step)
     torch.testing.assert_close(ema.model.weight, model.weight, rtol=1e-6, atol=0)
 
 
@@ -87,7 +85,7 @@ def test_the_average_is_never_trained_and_drops_nothing_out():
     ema = EMA(model, 0.9)
     assert not any(parameter.requires_grad for parameter in ema.model.parameters())
     assert not any(module.training for module in ema.model.modules())
-    ema.update(model, 0)
+    ema.update(0)
     assert all(parameter.grad_fn is None for parameter in ema.model.parameters())
     assert model.training and all(parameter.requires_grad for parameter in model.parameters())  # the network is as it was
 
@@ -97,12 +95,3 @@ def test_the_average_shares_no_memory_with_the_network():
     ema = EMA(model, 0.9)
     set_weights(model, 7.0)
     assert average(ema) == 1.0
-
-
-@pytest.mark.parametrize("other", [nn.Linear(2, 4), nn.Linear(2, 3, bias=False), nn.Sequential(nn.Linear(2, 3))])
-def test_another_network_is_refused_and_changes_nothing(other):
-    ema = EMA(nn.Linear(2, 3), 0.9)
-    before = copy.deepcopy(ema.model.state_dict())
-    with pytest.raises(ValueError, match="the average and the network differ"):
-        ema.update(other, 0)
-    assert all(torch.equal(ema.model.state_dict()[name], value) for name, value in before.items())

@@ -14,9 +14,10 @@ from src import noise
 from src.diffusion import GaussianDiffusion
 from src.ema import EMA
 from src.model import UNet
-from src.pictures import PictureNoise, draw, to_uint8
+from src.noise import PictureNoise
 from src.runtime.device import InPrecision
 from src.samplers import SAMPLERS
+from src.utils import to_uint8
 
 DEVICE = torch.device(os.environ.get("GPU_TEST_DEVICE", "cuda"))
 CPU = torch.device("cpu")
@@ -52,10 +53,10 @@ def small(speaks=True):
 
 def batch(device, size=8, step=0):
     """(x_0, t, noise, y), a function of the step alone."""
-    keys = noise.address(0, noise.TRAIN_NOISE, step, torch.arange(size))
+    keys = noise.key(0, noise.TRAIN_NOISE, step, torch.arange(size))
     x_0 = noise.normal(keys, (3, 32, 32)).tanh()
-    t = noise.integers(noise.address(0, noise.TRAIN_TIME, step, torch.arange(size)), 1000)
-    eps = noise.normal(noise.address(keys, 1), (3, 32, 32))
+    t = noise.randint(noise.key(0, noise.TRAIN_TIME, step, torch.arange(size)), 1000)
+    eps = noise.normal(noise.key(keys, 1), (3, 32, 32))
     return x_0.to(device), t.to(device), eps.to(device), (torch.arange(size) % 4).to(device)
 
 
@@ -93,12 +94,17 @@ def train(device, dtype=torch.float32, steps=20):
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        ema.update(model, step)
+        ema.update(step)
         losses.append(loss.detach())
     x_0, t, eps, y = batch(device, step=steps)
     with torch.no_grad():
         prediction = network(diffusion.q_sample(x_0, t, eps), t, y)
     return losses, list(ema.model.parameters()), [prediction]
+
+
+def draw(diffusion, network, seed, indices, size, **options):
+    noise = PictureNoise(seed, list(indices), (3, size, size), diffusion.signal.device)
+    return diffusion.sample(network, (len(indices), 3, size, size), noise=noise, **options)
 
 
 # --- the network ------------------------------------------------------------------------------------------
@@ -153,7 +159,7 @@ def test_the_default_network_trains_at_batch_16_in_under_8_gb():
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        ema.update(model, step)
+        ema.update(step)
     peak = (torch.cuda.max_memory_reserved() - held_before) / 1e9
     print(f"peak {peak:.2f} GB reserved, {torch.cuda.max_memory_allocated() / 1e9:.2f} GB allocated")
     assert peak < 8
@@ -163,7 +169,7 @@ def test_the_default_network_trains_at_batch_16_in_under_8_gb():
 
 
 def test_noise_is_that_of_the_cpu():
-    keys = noise.address(3, noise.PICTURE, torch.arange(64))
+    keys = noise.key(3, noise.PICTURE, torch.arange(64))
     there = noise.normal(keys, (3, 64, 64))
     torch.testing.assert_close(noise.normal(keys.to(DEVICE), (3, 64, 64)).cpu(), there, atol=1e-6, rtol=1e-6)
     here, there = (PictureNoise(3, range(64), (3, 64, 64), device)(7).cpu() for device in (DEVICE, CPU))
@@ -171,16 +177,16 @@ def test_noise_is_that_of_the_cpu():
 
 
 def test_hashes_integers_and_chances_are_exactly_those_of_the_cpu():
-    keys = noise.address(3, noise.TRAIN_TIME, torch.arange(100_000))
+    keys = noise.key(3, noise.TRAIN_TIME, torch.arange(100_000))
     here = keys.to(DEVICE)
-    assert torch.equal(noise.address(3, noise.TRAIN_TIME, torch.arange(100_000, device=DEVICE)).cpu(), keys)
-    assert torch.equal(noise.hashes(here[:100], 100).cpu(), noise.hashes(keys[:100], 100))
-    assert torch.equal(noise.integers(here, 1000).cpu(), noise.integers(keys, 1000))
-    assert torch.equal(noise.chance(here, 0.1).cpu(), noise.chance(keys, 0.1))
+    assert torch.equal(noise.key(3, noise.TRAIN_TIME, torch.arange(100_000, device=DEVICE)).cpu(), keys)
+    assert torch.equal(noise.bits(here[:100], 100).cpu(), noise.bits(keys[:100], 100))
+    assert torch.equal(noise.randint(here, 1000).cpu(), noise.randint(keys, 1000))
+    assert torch.equal(noise.bernoulli(here, 0.1).cpu(), noise.bernoulli(keys, 0.1))
 
 
 def test_a_row_of_noise_is_the_same_bits_in_any_batch():
-    keys = noise.address(0, noise.PICTURE, torch.arange(33, device=DEVICE))
+    keys = noise.key(0, noise.PICTURE, torch.arange(33, device=DEVICE))
     whole = noise.normal(keys, (3, 5, 7))
     for size in (1, 2, 16):
         assert torch.equal(torch.cat([noise.normal(part, (3, 5, 7)) for part in keys.split(size)]), whole)
@@ -193,7 +199,7 @@ def test_the_average_of_the_weights_has_its_closed_form():
     for i in range(n):
         nn.init.normal_(model.weight)
         weights.append(model.weight.detach().cpu().double())
-        ema.update(model, step=100 + i)
+        ema.update(step=100 + i)
     expected = decay**n * start + (1 - decay) * sum(decay ** (n - 1 - i) * weight for i, weight in enumerate(weights))
     torch.testing.assert_close(ema.model.weight.cpu().double(), expected, atol=1e-5, rtol=1e-5)
 

@@ -12,8 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import src.model
 from src.diffusion import GaussianDiffusion
-from src.model import Attention, UNet, Upsample, norm_groups, parameter_count, sinusoid
-from src.runtime.kernels import GroupNorm
+from src.model import Attention, UNet, norm_groups, parameter_count, sinusoid
 
 
 def tiny(image_size=16, speaks=True, **options):
@@ -73,44 +72,11 @@ def test_the_default_network_has_92_million_parameters():
         assert parameter_count(UNet()) == 92_025_731
 
 
-def test_a_forward_pass_of_the_default_takes_60_gflop_an_image(monkeypatch):
-    def flops() -> tuple[int, int]:
-        """Of all, of the convolutions."""
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            UNet()(torch.empty(1, 3, 64, 64), torch.zeros(1, dtype=torch.int64))
-        return counter.get_total_flops(), counter.get_flop_counts()["Global"][torch.ops.aten.convolution]
-
-    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH):  # shapes alone, and attention as products that any torch counts
-        shortened = flops()[1]
-        monkeypatch.setattr(Upsample, "short_cut_on", ())
-        every, convolutions = flops()
-    assert every == pytest.approx(60.6e9, rel=0.002)
-    grow = sum(2 * 9 * dim**2 * size**2 for dim, size in ((512, 16), (384, 32), (256, 64)))
-    assert convolutions - shortened == grow * 5 // 9
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_upsample_is_a_convolution_over_doubled_pixels(layout):
-    torch.manual_seed(0)
-    layer = Upsample(6).double()
-    x = torch.randn(2, 6, 5, 5, dtype=torch.float64).to(memory_format=layout).requires_grad_()
-    wanted = F.conv2d(x.repeat_interleave(2, 2).repeat_interleave(2, 3), layer.weight, layer.bias, padding=1)
-    out, against = layer(x), torch.randn_like(wanted)
-    torch.testing.assert_close(out, wanted)
-    assert out.is_contiguous(memory_format=torch.channels_last)
-    inputs = (x, layer.weight, layer.bias)
-    for ours, theirs in zip(torch.autograd.grad(out, inputs, against), torch.autograd.grad(wanted, inputs, against)):
-        torch.testing.assert_close(ours, theirs)
-
-
-def test_upsample_rounds_to_bf16_no_more_than_the_plain_convolution():
-    torch.manual_seed(0)
-    layer, x = Upsample(32), torch.randn(2, 32, 8, 8)
-    exact = layer(x)
-    with torch.autocast("cpu", torch.bfloat16):
-        ours, plain = layer(x), F.conv2d(F.interpolate(x, scale_factor=2), layer.weight, layer.bias, padding=1)
-    assert ours.dtype == torch.bfloat16
-    assert (ours - exact).norm() < 1.1 * (plain - exact).norm()
+def test_a_forward_pass_of_the_default_takes_60_gflop_an_image():
+    shapes_alone, attention_as_products = FakeTensorMode(), sdpa_kernel(SDPBackend.MATH)  # which any torch counts
+    with shapes_alone, attention_as_products, FlopCounterMode(display=False) as counter, torch.no_grad():
+        UNet()(torch.empty(1, 3, 64, 64), torch.zeros(1, dtype=torch.int64))
+    assert counter.get_total_flops() == pytest.approx(60.6e9, rel=0.002)
 
 
 @pytest.mark.parametrize("size", [32, 64, 128, 256])
@@ -196,8 +162,8 @@ def test_every_parameter_gets_a_gradient():
 def test_a_block_starts_as_the_identity():
     model = tiny(speaks=False)
     x = torch.randn(2, 16, 8, 8)
-    stage = model.down[0]["stages"][0]
-    assert torch.equal(stage(x, torch.randn(2, 64)), x)
+    block = model.down[0]["blocks"][0]
+    assert torch.equal(block(x, torch.randn(2, 64)), x)
 
 
 def test_the_step_changes_the_prediction():
@@ -291,48 +257,6 @@ def test_channels_last_gives_what_contiguous_gives():
         torch.testing.assert_close(gradient, expected_gradients[name], atol=1e-4, rtol=1e-3)
 
 
-def test_group_norm_is_that_of_torch_and_stays_in_the_precision_of_its_input():
-    torch.manual_seed(0)
-    ours, theirs, x = GroupNorm(4, 8), nn.GroupNorm(4, 8), torch.randn(2, 8, 5, 5) * 3 + 1
-    nn.init.normal_(ours.weight), nn.init.normal_(ours.bias)
-    theirs.load_state_dict(ours.state_dict())
-    assert torch.equal(ours(x), theirs(x))
-    with torch.autocast("cpu", torch.bfloat16):
-        half = ours(x.bfloat16())
-    assert half.dtype == torch.bfloat16
-    torch.testing.assert_close(half.float(), theirs(x), atol=0.05, rtol=0.02)
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("offset", [0.0, 3.0])
-def test_group_norm_has_the_derivative_of_torch_in_bf16(layout, offset):
-    torch.manual_seed(0)
-    layer = GroupNorm(4, 16)
-    nn.init.normal_(layer.weight), nn.init.normal_(layer.bias)
-    x = (torch.randn(3, 16, 6, 6) + offset).bfloat16().to(memory_format=layout).requires_grad_()
-    dy = torch.randn(3, 16, 6, 6).bfloat16().to(memory_format=layout)
-    inputs = (x, layer.weight, layer.bias)
-
-    def error(y: torch.Tensor, of_weights: bool) -> list[float]:
-        """Relative to float64: of the gradient of x alone, or of those of weight and bias."""
-        exact = F.group_norm(x.double(), 4, layer.weight.double(), layer.bias.double())
-        pairs = zip(torch.autograd.grad(y, inputs, dy), torch.autograd.grad(exact, inputs, dy.double()))
-        errors = [((ours.double() - theirs.double()).norm() / theirs.double().norm()).item() for ours, theirs in pairs]
-        return errors[1:] if of_weights else errors[:1]
-
-    half = [parameter.bfloat16() for parameter in (layer.weight, layer.bias)]
-    assert layer(x).is_contiguous(memory_format=layout)
-    assert error(layer(x), False) <= [1.1 * e for e in error(F.group_norm(x, 4, *half), False)]
-    assert max(error(layer(x), True)) < 0.01 * (1 + offset)
-
-
-def test_group_norm_gives_the_same_with_and_without_gradients():
-    layer, x = GroupNorm(4, 16), torch.randn(2, 16, 6, 6).bfloat16()
-    kept = layer(x)
-    with torch.no_grad():
-        torch.testing.assert_close(layer(x), kept, atol=0.02, rtol=0.01)
-
-
 def test_under_bf16_autocast_the_prediction_is_float32_and_nearly_the_same():
     model, (x, t, y) = tiny(num_classes=4), batch()
     expected = model(x, t, y)
@@ -342,22 +266,19 @@ def test_under_bf16_autocast_the_prediction_is_float32_and_nearly_the_same():
     assert (out - expected).norm() < 0.02 * expected.norm()
 
 
-def test_under_bf16_autocast_nothing_large_is_kept_in_float32():
-    """Of what the backward pass is given, only the weights themselves and numbers per channel or group are float32."""
-    model, (x, t, _) = tiny(dim=32), batch(8)
-    weights = {parameter.data_ptr() for parameter in model.parameters()}
-    kept = []
-
-    def pack(tensor):
-        if tensor.data_ptr() not in weights:
-            kept.append((tensor.dtype, tuple(tensor.shape), tensor.numel()))
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
-        model(x, t)
-    smallest_activation = 8 * 32 * 8 * 8
-    assert any(dtype == torch.bfloat16 and size >= smallest_activation for dtype, _, size in kept)
-    assert not [entry for entry in kept if entry[0] == torch.float32 and entry[2] >= smallest_activation]
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_the_last_convolution_runs_in_float32_because_x_0_magnifies_its_error(schedule):
+    """At t = T - 1 an error of eps is magnified 158-fold in x_0 (linear) or more: rounded to bf16 it is a visible one."""
+    diffusion, model, (x, _, _), inputs = GaussianDiffusion(schedule=schedule), tiny(), batch(2), []
+    conv, t = model.head[2], torch.full((2,), 999)
+    hook = conv.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        ours = model(x, t)
+        hook.remove()
+        rounded = conv(inputs[0]).float()
+    exact = F.conv2d(inputs[0].double(), conv.weight.double(), conv.bias.double(), padding=1)
+    magnified = [(diffusion.sigma[999] / diffusion.signal[999] * (eps - exact)).abs().max().item() for eps in (ours, rounded)]
+    assert magnified[0] < 0.01 * magnified[1] and magnified[1] > 0.1, magnified
 
 
 @pytest.mark.parametrize("backend, levels", [("aot_eager", (1, 2)), pytest.param("inductor", (1,), marks=pytest.mark.slow)])
@@ -401,24 +322,3 @@ def test_a_copy_is_another_network_with_the_same_weights():
 
 def test_the_self_test_passes():
     src.model.test_model()
-
-
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_a_compiled_network_in_bf16_is_as_near_to_float32_as_the_eager_one(backend):
-    model, (x, t, y) = tiny(8, dim=8, dim_mults=(1,), attention_resolutions=(), num_classes=4), batch(image_size=8)
-    model = model.to(memory_format=torch.channels_last)
-    exact, wanted = model(x, t, y).detach(), gradients(model, x, t, y)
-
-    def errors(network) -> tuple[float, float]:
-        model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
-            out = network(x, t, y)
-        out.square().mean().backward()
-        pairs = [(parameter.grad, wanted[name]) for name, parameter in model.named_parameters()]
-        apart = sum((ours - theirs).square().sum() for ours, theirs in pairs)
-        size = sum(theirs.square().sum() for _, theirs in pairs)
-        return ((out - exact).norm() / exact.norm()).item(), (apart / size).sqrt().item()
-
-    eager, compiled = errors(model), errors(torch.compile(model, fullgraph=True, backend=backend))
-    assert max(eager) < 0.02
-    assert all(ours < 1.5 * theirs for ours, theirs in zip(compiled, eager))

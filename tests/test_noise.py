@@ -26,7 +26,7 @@ def unsigned(hashes: torch.Tensor) -> list[int]:
 
 
 def rows(count: int, *parts: int) -> torch.Tensor:
-    return noise.address(*(parts or (0, noise.PICTURE)), torch.arange(count))
+    return noise.key(*(parts or (0, noise.PICTURE)), torch.arange(count))
 
 
 def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -40,25 +40,25 @@ def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_the_hash_gives_the_published_outputs_of_splitmix64():
     published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
     assert splitmix64(1234567, 5) == published
-    assert unsigned(noise.hashes(torch.tensor([1234567]), 5)[0]) == published
+    assert unsigned(noise.bits(torch.tensor([1234567]), 5)[0]) == published
 
 
 @pytest.mark.parametrize("key", [0, 1, -1, 2**63 - 1, -(2**63), 0x9E3779B9])
 def test_the_hash_is_splitmix64_for_any_key(key):
-    assert unsigned(noise.hashes(torch.tensor([key]), 50)[0]) == splitmix64(key, 50)
+    assert unsigned(noise.bits(torch.tensor([key]), 50)[0]) == splitmix64(key, 50)
 
 
 def test_an_address_is_a_fold_of_splitmix64_over_its_parts():
     parts, key = (7, noise.PICTURE, 123_456_789, -5), 0
     for part in parts:
         key = splitmix64(key + part, 1)[0]
-    assert unsigned(noise.address(*parts)[None]) == [key]
-    assert noise.integer_seed(*parts) == key & (2**63 - 1)
+    assert unsigned(noise.key(*parts)[None]) == [key]
+    assert noise.seed(*parts) == key & (2**63 - 1)
 
 
 def test_a_part_may_be_a_number_or_a_tensor_of_them():
-    table = noise.address(3, torch.arange(4)[:, None], torch.arange(5))
-    assert table.shape == (4, 5) and table[2, 4] == noise.address(3, 2, 4)
+    table = noise.key(3, torch.arange(4)[:, None], torch.arange(5))
+    assert table.shape == (4, 5) and table[2, 4] == noise.key(3, 2, 4)
 
 
 def test_mixing_is_one_to_one():
@@ -78,7 +78,7 @@ def test_mixing_is_one_to_one():
 
 
 def test_no_two_addresses_share_a_key():
-    keys = noise.address(torch.arange(10)[:, None, None], torch.arange(10)[:, None], torch.arange(1000))
+    keys = noise.key(torch.arange(10)[:, None, None], torch.arange(10)[:, None], torch.arange(1000))
     assert len(keys.unique()) == keys.numel()
 
 
@@ -88,7 +88,7 @@ def test_every_purpose_has_a_number_of_its_own():
 
 
 def test_integer_seeds_fit_torch_and_numpy_generators():
-    seeds = [noise.integer_seed(seed, noise.WEIGHTS) for seed in range(1000)]
+    seeds = [noise.seed(seed, noise.WEIGHTS) for seed in range(1000)]
     assert len(set(seeds)) == 1000 and all(0 <= seed < 2**63 for seed in seeds)
 
 
@@ -107,20 +107,20 @@ def test_a_row_is_the_same_bits_in_any_batch_and_order(shape):
 
 def test_integers_and_chances_do_not_depend_on_the_batch():
     keys = rows(100)
-    assert torch.equal(torch.cat([noise.integers(key[None], 1000) for key in keys]), noise.integers(keys, 1000))
-    assert torch.equal(torch.cat([noise.chance(key[None], 0.3) for key in keys]), noise.chance(keys, 0.3))
+    assert torch.equal(torch.cat([noise.randint(key[None], 1000) for key in keys]), noise.randint(keys, 1000))
+    assert torch.equal(torch.cat([noise.bernoulli(key[None], 0.3) for key in keys]), noise.bernoulli(keys, 0.3))
 
 
 def test_the_global_generator_is_neither_read_nor_moved():
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    noise.normal(rows(3), (4,)), noise.integers(rows(3), 5), noise.chance(rows(3), 0.5)
+    noise.normal(rows(3), (4,)), noise.randint(rows(3), 5), noise.bernoulli(rows(3), 0.5)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("other", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)])
 def test_another_seed_purpose_step_or_row_gives_other_numbers(other):
-    z, w = (noise.normal(noise.address(*parts)[None], (10_000,)) for parts in ((0, 0, 0, 0), other))
+    z, w = (noise.normal(noise.key(*parts)[None], (10_000,)) for parts in ((0, 0, 0, 0), other))
     assert (z == w).sum() <= 2 and abs(correlation(z, w)) < 4
 
 
@@ -145,7 +145,7 @@ def test_normal_has_shape_dtype_and_bounds():
 
 
 def test_the_extreme_hashes_give_finite_numbers(monkeypatch):
-    monkeypatch.setattr(noise, "hashes", lambda keys, count: torch.tensor([[0, -1]]))
+    monkeypatch.setattr(noise, "bits", lambda keys, count: torch.tensor([[0, -1]]))
     z = noise.normal(torch.zeros(1, dtype=torch.int64), (4,))
     assert z.isfinite().all() and z.abs().max() == pytest.approx(math.sqrt(48 * math.log(2)))
 
@@ -165,7 +165,7 @@ def test_normal_is_normal():
 
 
 def test_neighbouring_pixels_rows_steps_and_seeds_are_uncorrelated():
-    keys = noise.address(torch.arange(5)[:, None, None], torch.arange(20)[:, None], torch.arange(20))
+    keys = noise.key(torch.arange(5)[:, None, None], torch.arange(20)[:, None], torch.arange(20))
     z = noise.normal(keys.flatten(), (512,))
     z = z.view(5, 20, 20, 512)  # seed, step, row, pixel
     for axis in range(4):
@@ -192,7 +192,7 @@ def test_the_two_of_a_box_muller_pair_are_independent():
 
 @pytest.mark.parametrize("high", [2, 10, 1000])
 def test_integers_are_uniform(high):
-    draws = noise.integers(rows(200_000), high)
+    draws = noise.randint(rows(200_000), high)
     counts = draws.bincount(minlength=high).double()
     assert len(counts) == high and draws.dtype == torch.int64
     expected = 200_000 / high
@@ -200,16 +200,16 @@ def test_integers_are_uniform(high):
 
 
 def test_integers_of_neighbouring_rows_are_independent():
-    a, b = noise.integers(rows(200_001), 10)[:-1], noise.integers(rows(200_001), 10)[1:]
+    a, b = noise.randint(rows(200_001), 10)[:-1], noise.randint(rows(200_001), 10)[1:]
     counts = (10 * a + b).bincount(minlength=100).double()
     assert ((counts - 2000) ** 2 / 2000).sum() < 99 + 4 * math.sqrt(2 * 99)
 
 
 @pytest.mark.parametrize("probability", [0.1, 0.5, 0.99])
 def test_chance_comes_true_as_often_as_it_says(probability):
-    share = noise.chance(rows(200_000), probability).double().mean().item()
+    share = noise.bernoulli(rows(200_000), probability).double().mean().item()
     assert abs(share - probability) < 4 * math.sqrt(probability * (1 - probability) / 200_000)
 
 
 def test_chance_0_is_never_and_chance_1_always():
-    assert not noise.chance(rows(1000), 0).any() and noise.chance(rows(1000), 1).all()
+    assert not noise.bernoulli(rows(1000), 0).any() and noise.bernoulli(rows(1000), 1).all()

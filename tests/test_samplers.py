@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from src.diffusion import SCHEDULES, GaussianDiffusion, at
-from src.samplers import SAMPLERS, ddim, ddpm, dpm_solver_pp, posterior
+from src.diffusion import SCHEDULES, GaussianDiffusion, at, posterior
+from src.samplers import SAMPLERS, Step, ddim, ddpm, dpm_solver_pp
 
 DETERMINISTIC = ("ddim", "dpm++")
 
@@ -48,6 +48,16 @@ class Mixture:
             scores.append(weight.log() - (x - mean) ** 2 / (2 * variance))
             guesses.append(part.x_0(x, abar))
         return (torch.stack(scores).softmax(0) * torch.stack(guesses)).sum(0)
+
+
+def trajectory(diffusion, model, shape, sampler="ddpm", steps=None, eta=0.0, noise=None, generator=None, **options):
+    """The states of a sampler: what `sample` runs through."""
+
+    def fresh(k):
+        return noise(k) if callable(noise) else torch.randn(shape, generator=generator)
+
+    x_T = noise if isinstance(noise, torch.Tensor) else fresh(0)
+    return SAMPLERS[sampler](x_T, diffusion.path(steps), diffusion.denoiser(model, **options), fresh, eta)
 
 
 def network(diffusion, data):
@@ -198,7 +208,7 @@ def test_order_of_convergence(sampler, order):
     errors = []
     for steps in (16, 32, 64, 128):
         options = dict(sampler=sampler, steps=steps, noise=x_T, clip_denoised=False)
-        states = [x for x, _ in diffusion.trajectory(network(diffusion, data), SHAPE, **options)]
+        states = [x for x, _ in trajectory(diffusion, network(diffusion, data), SHAPE, **options)]
         reached = diffusion.path(steps)[steps * 3 // 4]
         assert reached.t == time_steps // 4 - 1
         exact = data.exact(x_T.double(), diffusion.alphas_cumprod[-1].item(), reached.abar_t)
@@ -212,7 +222,7 @@ def test_ddim_with_eta_1_is_ddpm(steps):
     """Song et al. 2021, sec. 4.1: the same law of every step; with the same noise the same pictures."""
     diffusion = GaussianDiffusion(1000)
     noise = noises(SHAPE, steps + 1)
-    a, b = (diffusion.trajectory(wavy, SHAPE, sampler, steps, eta=1.0, noise=noise) for sampler in ("ddpm", "ddim"))
+    a, b = (trajectory(diffusion, wavy, SHAPE, sampler, steps, eta=1.0, noise=noise) for sampler in ("ddpm", "ddim"))
     for (x_a, _), (x_b, _) in zip(a, b, strict=True):
         torch.testing.assert_close(x_a, x_b, atol=1e-4, rtol=0)
 
@@ -228,7 +238,7 @@ def test_one_step_of_dpm_solver_is_one_step_of_ddim():
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_single_step_is_the_predicted_clean_image(sampler):
     diffusion = GaussianDiffusion(1000)
-    ((x, x_0),) = diffusion.trajectory(wavy, SHAPE, sampler, steps=1, generator=generator())
+    ((x, x_0),) = trajectory(diffusion, wavy, SHAPE, sampler, steps=1, generator=generator())
     assert torch.equal(x, x_0)
 
 
@@ -257,7 +267,7 @@ def assert_same_steps(scheduler, diffusion, sampler, steps, their_step=None, **o
         scheduler.sigmas = torch.cat([((1 - abar) / abar).sqrt()[scheduler.timesteps], torch.zeros(1)])
     assert scheduler.timesteps.tolist() == [step.t for step in diffusion.path(steps)]
     noise = noises(SHAPE, steps + 1)
-    ours = diffusion.trajectory(model, SHAPE, sampler, steps, noise=noise, **options)
+    ours = trajectory(diffusion, model, SHAPE, sampler, steps, noise=noise, **options)
     x = noise(0)
     for k, (t, (x_s, _)) in enumerate(zip(scheduler.timesteps, ours, strict=True), start=1):
         x = scheduler.step(model(x, t.repeat(2)), t, x, **(their_step(noise(k)) if their_step else {})).prev_sample
@@ -309,7 +319,7 @@ def test_the_predicted_image_is_clipped_before_the_mean_is_formed():
 
     def states(value, clip):
         options = dict(steps=20, noise=noises(SHAPE, 21), clip_denoised=clip)
-        return [x for x, _ in diffusion.trajectory(lambda x, t, y: torch.full_like(x, value), SHAPE, **options)]
+        return [x for x, _ in trajectory(diffusion, lambda x, t, y: torch.full_like(x, value), SHAPE, **options)]
 
     far, near = states(10.0, clip=True), states(1.0, clip=False)
     for x_far, x_near in zip(far, near, strict=True):
@@ -333,7 +343,7 @@ def test_a_clipped_prediction_still_agrees_with_x_t_about_the_noise(sampler):
     abar_t, abar_s = 0.3, 0.6
     x_t, x_0 = torch.tensor([0.9]), torch.tensor([1.0])
     eps = (x_t - abar_t**0.5 * x_0) / (1 - abar_t) ** 0.5
-    path = [GaussianDiffusion().path(2)[0]._replace(abar_t=abar_t, abar_s=abar_s)]
+    path = [Step(0, abar_t, abar_s, *posterior(abar_t, abar_s))]
     x_s, _ = next(SAMPLERS[sampler](x_t, path, lambda x, t: x_0, lambda k: torch.zeros(1), 0.0))
     if sampler in DETERMINISTIC:
         torch.testing.assert_close(x_s, abar_s**0.5 * x_0 + (1 - abar_s) ** 0.5 * eps)
@@ -373,7 +383,7 @@ def test_guidance_goes_from_the_unlabelled_prediction_towards_and_past_the_label
     with_label, without = (diffusion.to_eps(Labelled()(x_T, t, label), x_T, t) for label in (y, None))
     eps = guidance * with_label + (1 - guidance) * without
     expected = (x_T - at(diffusion.sigma, t) * eps) / at(diffusion.signal, t)
-    _, x_0 = next(diffusion.trajectory(Labelled(), SHAPE, steps=5, noise=x_T, y=y, guidance=guidance, clip_denoised=False))
+    _, x_0 = next(trajectory(diffusion, Labelled(), SHAPE, steps=5, noise=x_T, y=y, guidance=guidance, clip_denoised=False))
     torch.testing.assert_close(x_0, expected, rtol=1e-3, atol=1e-3)
 
 
@@ -472,19 +482,6 @@ def test_no_gradient_is_recorded():
     assert torch.is_grad_enabled()
 
 
-def test_between_two_steps_the_caller_keeps_his_own_grad_mode():
-    """A trajectory is a generator: what it switches off inside must be on again each time it hands over a state."""
-    for x, _ in GaussianDiffusion(100).trajectory(Net(), SHAPE, steps=3):
-        assert torch.is_grad_enabled() and not x.requires_grad
-
-
-def test_a_trajectory_that_is_left_half_way_leaves_the_network_as_it_was():
-    model = Net().train()
-    for _ in GaussianDiffusion(100).trajectory(model, SHAPE, steps=5):
-        break
-    assert all(module.training for module in model.modules()) and torch.is_grad_enabled()
-
-
 # --- what comes back --------------------------------------------------------------------------------------
 
 
@@ -492,7 +489,7 @@ def test_a_trajectory_that_is_left_half_way_leaves_the_network_as_it_was():
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_the_trajectory_has_a_state_for_each_step_and_ends_in_the_sample(sampler, steps):
     diffusion, noise = GaussianDiffusion(20), noises(SHAPE, 21)
-    states = list(diffusion.trajectory(wavy, SHAPE, sampler, steps, noise=noise))
+    states = list(trajectory(diffusion, wavy, SHAPE, sampler, steps, noise=noise))
     assert len(states) == (steps or 20)
     assert all(x.shape == x_0.shape == SHAPE and x_0.abs().max() <= 1 for x, x_0 in states)
     x = diffusion.sample(wavy, SHAPE, sampler=sampler, steps=steps, noise=noise)

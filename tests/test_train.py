@@ -13,10 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from src.batches import validation_batches
-from src.dataset import prepare
-from src.runtime.build import build_diffusion, build_model
-from src.runtime.checkpoint import KEYS, load_checkpoint
+from src.dataset import DeviceImages
+from src.runtime.build import build_diffusion, build_model, build_validation, open_images
+from src.runtime.checkpoint import TO_RESUME, load_checkpoint
 from tests.runs import ROOT, differences
 
 # --- learning -----------------------------------------------------------------------------------------
@@ -25,10 +24,10 @@ from tests.runs import ROOT, differences
 def test_the_loss_falls(run):
     run.train(EPOCHS=10, WARMUP_STEPS=10, LEARNING_RATE=3e-3, EMA_DECAY=0.99, LOG_EVERY=10, SAMPLE_EVERY=100, SAVE_EVERY=100)
     curves = run.scalars()
-    train, held_out = ([loss for _, loss in curves[tag]] for tag in ("loss/train", "loss/held_out"))
+    train, val = ([loss for _, loss in curves[tag]] for tag in ("loss/train", "loss/val"))
     assert train[0] > 0.8, "the network does not start near zero, where the loss is the variance of the noise"
     assert train[-1] < 0.5 * train[0]
-    assert held_out[-1] < 0.6 * held_out[0]
+    assert val[-1] < 0.6 * val[0]
 
 
 def test_the_learning_rate_rises_linearly_to_its_value_and_stays(run):
@@ -75,15 +74,15 @@ def test_the_files_are_those_promised(trained):
 def test_checkpoints_are_plain_dicts_with_the_keys_promised(trained):
     for name in ("latest", "best", "epoch_002"):
         state = trained.state(name)
-        assert set(state) == KEYS >= {"model", "ema", "optimizer", "step", "epoch", "config"}
+        assert set(state) == {"version", *TO_RESUME} >= {"model", "ema", "optimizer", "step", "epoch", "config"}
         assert (state["step"], state["epoch"]) == {"epoch_002": (20, 2)}.get(name, (30, 3))
         assert state["config"]["UNET_DIM"] == 8
 
 
-def test_best_is_the_lowest_held_out_loss_of_the_ema_weights(run):
+def test_best_is_the_lowest_validation_loss_of_the_ema_weights(run):
     run.train(EPOCHS=2)
     run.train(EPOCHS=3, LEARNING_RATE=1.0, accept_changes=True)  # which spoils the weights
-    points = run.scalars()["loss/held_out"]
+    points = run.scalars()["loss/val"]
     lowest = min(points, key=lambda point: point[1])
     best = load_checkpoint(run.folder / "checkpoints" / "best.pth")
     assert (best["step"], best["best_loss"]) == (lowest[0], pytest.approx(lowest[1], rel=1e-6))
@@ -92,9 +91,8 @@ def test_best_is_the_lowest_held_out_loss_of_the_ema_weights(run):
     settings = best["config"]
     model, diffusion = build_model(settings, len(best["classes"])), build_diffusion(settings)
     model.load_state_dict(best["ema"])
-    held_out = prepare("folder", run.pictures, "val", 8, settings.CACHE_PATH, 0).to("cpu")
     errors = []
-    for x_0, t, eps, _ in validation_batches(held_out, settings):
+    for x_0, t, eps, _ in build_validation(settings, DeviceImages(open_images(settings, "val"), "cpu")):
         abar = diffusion.alphas_cumprod[t].float()[:, None, None, None]
         with torch.no_grad():
             errors.append((model.eval()(abar.sqrt() * x_0 + (1 - abar).sqrt() * eps, t) - eps).square().mean((1, 2, 3)))
@@ -122,7 +120,7 @@ def test_tensorboard_shows_curves_grids_and_settings_from_either_folder(trained,
     assert folders, f"TensorBoard finds no events below {folder}"
     tags = trained.events(os.path.relpath(folders[0], trained.folder)).Tags()
     assert set(tags["scalars"]) == {
-        *("loss/train", "loss/held_out", *(f"loss_by_t/{q}" for q in ("1_least_noise", "2", "3", "4_most_noise"))),
+        *("loss/train", "loss/val", *(f"loss_by_t/{q}" for q in ("1_least_noise", "2", "3", "4_most_noise"))),
         *("optimizer/learning_rate", "optimizer/gradient_norm", "progress/epoch"),
         *("speed/images_per_second", "speed/peak_memory_GiB"),
     }

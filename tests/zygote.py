@@ -14,8 +14,6 @@ import sys
 import traceback
 from pathlib import Path
 
-import src  # noqa: F401 (before torch: see there)
-
 ROOT = Path(__file__).parent.parent
 
 

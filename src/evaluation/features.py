@@ -53,7 +53,7 @@ class RandomConv(FeatureExtractorBase):
 
     @staticmethod
     def weights(number: int, shape: tuple[int, ...]) -> Tensor:
-        key = noise.address(0, noise.WEIGHTS, torch.tensor([number]))
+        key = noise.key(0, noise.WEIGHTS, torch.tensor([number]))
         return noise.normal(key, shape)[0] * (2 / torch.Size(shape[1:]).numel()) ** 0.5
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -92,7 +92,7 @@ class FeatureNetwork:
         title, world = f"features of {pictures.name}", self.world
         with tqdm(total=len(pictures), desc=title, unit=" pictures", disable=world.hides_bars) as bar:
             starts = range(0, len(pictures), batch_size)
-            mine = world.mine(starts)
+            mine = world.shard(starts)
             for start in starts:
                 if start == 0 or start in mine:  # the first shows every process the shapes
                     batch = torch.from_numpy(np.array(pictures.pixels[start : start + batch_size])).to(device)

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from src import noise
-from src.diffusion import GaussianDiffusion, Model
-from src.samplers import posterior
+from src.diffusion import GaussianDiffusion, Model, posterior
 
 HALF_BIN = 1 / 255  # grey levels are 2 / 255 apart in [-1, 1]
 
@@ -102,8 +101,8 @@ def stratum_terms(
 ) -> Tensor:
     """What the steps in `part` add to the bound, by one t for each image and one x_t: [B] float64 nats, right in expectation.
     keys: [B] int64 noise addresses, one an image: t and noise hang on them and on `part` alone, not on the batch."""
-    t = part.start + noise.integers(noise.address(keys, -1 - part.start), len(part))
-    eps = noise.normal(noise.address(keys, t).to(x_0.device), x_0.shape[1:])
+    t = part.start + noise.randint(noise.key(keys, -1 - part.start), len(part))
+    eps = noise.normal(noise.key(keys, t).to(x_0.device), x_0.shape[1:])
     return len(part) * step_terms(diffusion, model, x_0, t.to(x_0.device), eps, y, **options)
 
 

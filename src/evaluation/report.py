@@ -10,12 +10,11 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from src.dataset import obtain_tiny_imagenet, prepare
+from src.dataset import Images, obtain, prepare
 from src.evaluation.picture_set import PictureSet, read_set
-from src.images import Images
 from src.runtime.device import describe, pick_device
 from src.runtime.distributed import World
-from src.runtime.pipeline import Artist, duration
+from src.runtime.pipeline import Pipeline, duration
 from src.utils import make_folder
 
 SPLITS = ("train", "val")
@@ -28,7 +27,7 @@ class Evaluation:
         self.flags, self.world = flags, world
         own = {None, "train", "val"}  # what only a checkpoint can say
         needed = flags.nll or flags.loss or flags.nearest or flags.samples in own or flags.reference in own
-        self.artist = Artist(flags, world) if needed else None
+        self.artist = Pipeline(flags, world) if needed else None
         self.device = self.artist.device if self.artist else pick_device(flags.device, world.local_rank)
         stem = Path(flags.checkpoint).stem if flags.samples is None or not flags.fid else Path(flags.samples).stem
         self.out = Path(flags.output_dir) / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}.json"
@@ -67,11 +66,11 @@ class Evaluation:
     def drawing(self) -> dict[str, Any]:
         """How pictures are drawn, for the protocol."""
         assert self.artist
-        options = {name: value for name, value in self.artist.options.items() if name != "eta" or self.flags.sampler == "ddim"}
-        if self.artist.labels is None:
-            del options["guidance"]
-        else:
-            options["classes"] = self.flags.classes
+        options = {"sampler": self.artist.sampler, "steps": self.artist.steps}
+        if self.flags.sampler == "ddim":
+            options["eta"] = self.artist.eta
+        if self.artist.labels is not None:
+            options |= {"guidance": self.artist.guidance, "classes": self.flags.classes}
         return options | {"seed": self.flags.seed}
 
     def split(self, name: str) -> Images:
@@ -79,9 +78,8 @@ class Evaluation:
         if name not in self.splits:
             assert self.artist
             s, path = self.artist.settings, self.flags.data_path or self.artist.settings.DATA_PATH
-            with self.world.in_turn():
-                if s.DATASET == "tiny-imagenet":
-                    obtain_tiny_imagenet(path, s.DATA_URL, s.DATA_SIZE, s.DATA_MD5)
+            with self.world.main_process_first():
+                obtain(s.DATASET, path, s.DATA_URL, s.DATA_SIZE, s.DATA_MD5)
                 self.splits[name] = prepare(s.DATASET, path, name, s.IMAGE_SIZE, self.cache, s.NUM_WORKERS)
         return self.splits[name]
 
@@ -103,7 +101,7 @@ class Evaluation:
         if self.network is None:
             from src.evaluation.features import load_features
 
-            with self.world.in_turn():  # the first may have to download the weights
+            with self.world.main_process_first():  # the first may have to download the weights
                 self.network = load_features(self.flags.features or "inception", self.device, self.world)
         return self.network
 
@@ -114,7 +112,7 @@ class Evaluation:
             flags, artist = self.flags, self.artist
             say("drawing", f"{count:,} pictures: about {duration(artist.seconds(count, flags.batch_size))}")
             drawn = torch.zeros(count, *artist.shape, dtype=torch.uint8)
-            steps = len(self.world.mine(range(0, count, flags.batch_size))) * artist.steps
+            steps = len(self.world.shard(range(0, count, flags.batch_size))) * artist.steps
             with tqdm(total=steps, unit="step", disable=self.world.hides_bars, dynamic_ncols=True) as bar:
                 for batch, pictures in artist.series(flags.seed, range(count), flags.batch_size, bar):
                     drawn[batch[0] : batch[-1] + 1] = pictures

@@ -1,21 +1,25 @@
 """From settings to objects: the one place where the names of config.py meet the arguments of the classes.
 
-train.py, sample.py and evaluate.py build through here, so that a checkpoint's settings always give the network back.
+train.py, sample.py and evaluate.py build through here, so the settings in a checkpoint always give the network back.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 from src import noise
+from src.dataset import Batch, DeviceImages, Images, TrainBatches, obtain, prepare, validation_batches
 from src.diffusion import GaussianDiffusion
 from src.model import UNet
+from src.runtime.distributed import World
 from src.runtime.settings import Settings
 
 
 def build_model(settings: Settings, num_classes: int) -> UNet:
-    """The network, its random weights a function of SEED. num_classes: of the data; used where CLASS_CONDITIONAL."""
+    """The network; its random weights follow from SEED. num_classes: of the data; used if CLASS_CONDITIONAL."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(noise.integer_seed(settings.SEED, noise.WEIGHTS))
+        torch.manual_seed(noise.seed(settings.SEED, noise.WEIGHTS))
         return UNet(
             image_size=settings.IMAGE_SIZE,
             dim=settings.UNET_DIM,
@@ -33,5 +37,40 @@ def build_diffusion(settings: Settings) -> GaussianDiffusion:
 
 
 def build_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Adam:
-    """Adam in its fused form: one kernel over all weights. The learning rate is set before each step."""
+    """Adam in its fused form: one kernel for all weights. The learning rate is set before each step."""
     return torch.optim.Adam(model.parameters(), lr=settings.LEARNING_RATE, fused=True)
+
+
+def open_images(settings: Settings, split: str) -> Images:
+    """The split "train" or "val" of the data, downloaded and decoded first if need be."""
+    s = settings
+    obtain(s.DATASET, s.DATA_PATH, s.DATA_URL, s.DATA_SIZE, s.DATA_MD5)
+    return prepare(s.DATASET, s.DATA_PATH, split, s.IMAGE_SIZE, s.CACHE_PATH, s.NUM_WORKERS)
+
+
+def build_batches(settings: Settings, images: DeviceImages, world: World = World()) -> TrainBatches:  # noqa: B008 (immutable)
+    world.local_batch_size(settings.BATCH_SIZE)  # raises FlagError if the processes cannot share it
+    return TrainBatches(
+        images,
+        batch_size=settings.BATCH_SIZE,
+        grad_accum_steps=settings.GRAD_ACCUM_STEPS,
+        time_steps=settings.TIME_STEPS,
+        horizontal_flip=settings.HORIZONTAL_FLIP,
+        label_dropout=settings.LABEL_DROPOUT if settings.CLASS_CONDITIONAL else None,
+        seed=settings.SEED,
+        rank=world.rank,
+        world_size=world.size,
+    )
+
+
+def build_validation(settings: Settings, images: DeviceImages, world: World = World(), batch_size: int = 0) -> Iterator[Batch]:  # noqa: B008
+    """batch_size: images per batch and process; 0 takes that of training."""
+    return validation_batches(
+        images,
+        count=settings.VAL_IMAGES,
+        batch_size=batch_size or world.local_batch_size(settings.BATCH_SIZE),
+        time_steps=settings.TIME_STEPS,
+        has_labels=settings.CLASS_CONDITIONAL,
+        rank=world.rank,
+        world_size=world.size,
+    )

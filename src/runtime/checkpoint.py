@@ -3,26 +3,27 @@
 import contextlib
 import os
 import pickle
-import shutil
+import shlex
+import socket
 import sys
+import time
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
 
-from src.ema import EMA
-from src.runtime.meter import Meter
+from src.dataset import Images
+from src.runtime.distributed import World
 from src.runtime.settings import Settings, as_flags, as_text, differences, settings_from_dict
-from src.utils import UserError, atomic_file, flush_folder
+from src.utils import UserError, atomic_file, flush_folder, make_folder, reason, writing
 
-VERSION = 1  # of the layout below; a program reads its own and older ones
-KEYS = {
-    *("version", "config", "step", "epoch", "best_loss", "classes", "class_ids"),
-    *("model", "ema", "optimizer", "scaler", "meter"),
-}
+VERSION = 2  # of the layout. This program reads its own version and older ones.
+TO_DRAW = ("config", "classes", "class_ids", "ema")
+TO_RESUME = (*TO_DRAW, "step", "epoch", "best_loss", "model", "optimizer", "scaler", "meter")
 
 
 class CheckpointError(UserError):
@@ -30,66 +31,78 @@ class CheckpointError(UserError):
 
 
 class DamagedCheckpoint(CheckpointError):
-    """A checkpoint that is not as it was written; an older one may serve."""
+    """A checkpoint that is not as it was written. An older one may serve."""
 
 
-# --- what one writes the other restores ---------------------------------------------------------------
+# --- what one writes the other restores -------------------------------------------------------------------
 
 
-def save_checkpoint(
-    path: Path,
-    model: nn.Module,
-    ema: EMA,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    meter: Meter,
-    settings: Settings,
-    *,
-    step: int,
-    epoch: int,
-    best_loss: float,
-    classes: list[str],
-    class_ids: list[str],
-) -> None:
-    """Write everything that exact resume and sampling need. step and epoch count what is finished. The noise and the
-    order of the images follow from SEED and step, so no generator's state is kept. Raises UserError where the disk is full
-    or fails; what stood at `path` then stands there still."""
-    state = {
-        "version": VERSION,
-        "model": model.state_dict(),
-        "ema": ema.model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),  # empty but for fp16
-        "meter": meter.state_dict(),
-        "step": step,
-        "epoch": epoch,
-        "best_loss": best_loss,
-        "classes": classes,
-        "class_ids": class_ids,
-        "config": settings._asdict(),
-    }
-    try:
-        with atomic_file(path) as file:
-            torch.save(state, file)
-    except (OSError, RuntimeError) as error:  # torch hides what a write raises behind a RuntimeError
-        cause = error if isinstance(error, OSError) else error.__context__
-        if isinstance(cause, KeyboardInterrupt):
-            raise cause from None
-        if not isinstance(cause, OSError):
-            raise
-        needed = 4 * sum(t.nbytes for t in model.state_dict().values())  # the weights, their average, Adam's two moments
-        raise UserError(
-            f"Cannot save {path}: {cause.strerror}. It takes about {needed / 1e6:,.0f} MB, "
-            f"{shutil.disk_usage(path.parent).free / 1e6:,.0f} MB are free there. The checkpoints saved before are whole: "
-            f"make room, for example by removing an old epoch_*.pth, and the same command goes on."
-        ) from None
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0  # optimizer steps done
+    epoch: int = 0  # epochs done
+    best_loss: float = float("inf")  # lowest validation loss of the EMA weights so far
 
 
-def load_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
-    """Open a checkpoint on the CPU. mmap reads each tensor from the disk when it is first used.
+class Checkpoints:
+    """The checkpoints of a run in their folder. A new part of the run is one entry in `parts`.
+
+    parts: {name: object with state_dict and load_state_dict}.   saved: the checkpoint to restore them from, or None.
+    The noise and the order of the images follow from SEED and step, so no state of a random generator is kept.
+    """
+
+    def __init__(
+        self, settings: Settings, world: World, images: Images, progress: Progress, parts: Mapping, saved: Mapping | None
+    ):
+        self.folder, self.world, self.progress, self.parts = Path(settings.CHECKPOINT_PATH), world, progress, parts
+        self.about = {"config": settings._asdict(), "classes": images.classes, "class_ids": images.class_ids}
+        self.saved_at = time.monotonic()
+        if saved:
+            self.restore(saved)
+
+    def is_due(self, minutes: float) -> bool:
+        """Whether the last save is more than so many minutes ago; 0 is never."""
+        return 0 < minutes * 60 < time.monotonic() - self.saved_at
+
+    def save(self, name: str) -> None:
+        """Write NAME.pth, whole. Raises UserError if the disk is full or fails; the file that stood there stays."""
+        if self.world.is_main:
+            self.write(name)
+        self.world.barrier()  # a GPU that waited for the disk in the next step might wait too long
+        self.saved_at = time.monotonic()
+
+    def write(self, name: str) -> None:
+        states = {part: thing.state_dict() for part, thing in self.parts.items()}
+        path, needed = self.folder / f"{name}.pth", 4 * sum(t.nbytes for t in states["model"].values())  # Adam's moments, EMA
+        note = f"A checkpoint takes about {needed / 1e6:,.0f} MB. Those saved before are whole, and the same command goes on."
+        if name == "latest":
+            keep_previous(path)
+        with writing(path, "--checkpoint_path", note):
+            try:
+                with atomic_file(path) as file:
+                    torch.save({"version": VERSION} | self.about | vars(self.progress) | states, file)
+            except RuntimeError as error:  # torch hides what a write raises behind a RuntimeError
+                raise (error.__context__ if isinstance(error.__context__, (OSError, KeyboardInterrupt)) else error) from None
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Put a loaded checkpoint back into the objects of the run."""
+        for name, part in self.parts.items():
+            if isinstance(part, nn.Module):
+                load_weights(part, state[name])
+            elif state[name]:  # the scaler's state is empty but for fp16
+                part.load_state_dict(state[name])
+        for name in vars(self.progress):
+            setattr(self.progress, name, state[name])
+
+
+def load_checkpoint(path: Path, needs: Collection[str] = TO_RESUME, mmap: bool = False) -> dict[str, Any]:
+    """Open a checkpoint on the CPU and check its checksums. needs: the entries it must have.
+    mmap: read each tensor from the disk when it is first used.
     Raises CheckpointError with a sentence for each way in which the file may be wrong."""
     if not path.exists():
-        found = ", ".join(str(p) for p in sorted(path.parent.glob("*.pth"))) or "none found there"
+        found = ", ".join(shlex.quote(str(p)) for p in sorted(path.parent.glob("*.pth"))) or "none found there"
         raise CheckpointError(
             f"No checkpoint at {path}. Run 'python train.py' first, or pass --checkpoint with one of: {found}."
         )
@@ -97,11 +110,11 @@ def load_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
         with open(path, "rb") as file:
             is_whole = zipfile.is_zipfile(file)  # torch writes zip files, whose index stands at the end
     except OSError as error:
-        raise CheckpointError(f"Cannot read {path}: {error.strerror}. Mend its permissions, or use another one.") from None
+        raise CheckpointError(f"Cannot read {path}: {reason(error)}. Fix its permissions, or use another one.") from None
     if not is_whole:
         raise DamagedCheckpoint(f"{path} is not a whole checkpoint: truncated, or written by another program. Use another one.")
     try:
-        if not mmap and (entry := zipfile.ZipFile(path).testzip()):  # 1.5 GB take a second or two
+        if entry := zipfile.ZipFile(path).testzip():  # 1.5 GB take a second or two
             raise DamagedCheckpoint(f"{path} is damaged (wrong checksum of {entry}). Use another one.")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError:
@@ -114,14 +127,21 @@ def load_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} has format version {state['version']}, this program reads up to {VERSION}. Update it (git pull)."
         )
-    if missing := KEYS - state.keys():
-        raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}; another program wrote it. Use another one.")
+    if missing := [name for name in needs if name not in state]:
+        raise CheckpointError(f"{path} lacks {', '.join(missing)}; another program wrote it. Use another one.")
+    if state["version"] == 1:
+        state |= {part: with_names_of_version_2(state[part]) for part in ("model", "ema") if part in state}
     state["config"] = settings_from_dict(state["config"])
     return state
 
 
+def with_names_of_version_2(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    renamed = {"stages": "blocks", "shrink": "downsample", "grow": "upsample"}
+    return {".".join(renamed.get(word, word) for word in name.split(".")): tensor for name, tensor in weights.items()}
+
+
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Put a checkpoint's weights into a network. Raises CheckpointError where the network is another one."""
+    """Put a checkpoint's weights into a network. Raises CheckpointError if the network is another one."""
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -132,48 +152,25 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         ) from None
 
 
-def restore(
-    state: Mapping[str, Any],
-    model: nn.Module,
-    ema: EMA,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    meter: Meter,
-) -> None:
-    """Put a loaded checkpoint back into the objects of a run."""
-    load_weights(model, state["model"])
-    load_weights(ema.model, state["ema"])
-    optimizer.load_state_dict(state["optimizer"])
-    if scaler.is_enabled() and state["scaler"]:
-        scaler.load_state_dict(state["scaler"])
-    meter.load_state_dict(state["meter"])
-
-
-# --- latest.pth: what a restart resumes from ----------------------------------------------------------
+# --- latest.pth: what a restart resumes from --------------------------------------------------------------
 
 
 def keep_previous(latest: Path) -> None:
-    """Give latest.pth a second name, latest.previous.pth, just before it is replaced: one predecessor survives."""
+    """Hard-link latest.pth to latest.previous.pth before replacing it, so that one older checkpoint is kept."""
     if latest.exists():
         previous = latest.with_name("latest.previous.pth")
-        link = latest.with_name(f".{previous.name}.part-{os.getpid()}")
-        link.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # a file system without hard links goes without the predecessor
+        link = latest.with_name(f".{previous.name}.part-link")
+        with contextlib.suppress(OSError):  # a file system without hard links keeps none
+            link.unlink(missing_ok=True)
             os.link(latest, link)
             os.replace(link, previous)
             flush_folder(latest.parent)
 
 
-def remove_parts(folder: Path) -> None:
-    """Remove what a run killed while saving left half-written. Call while holding the folder's lock."""
-    for part in folder.glob(".*.part-*"):
-        part.unlink(missing_ok=True)
-
-
 def find_latest(folder: Path) -> dict[str, Any] | None:
-    """The state to resume from: latest.pth, or where that is damaged or gone the newest checkpoint that loads, with a
-    warning. None where there is none at all. Raises CheckpointError where there are some and none loads, or where
-    latest.pth is whole but not for this program."""
+    """The state to resume from: latest.pth, or if that is damaged or gone the newest checkpoint that loads, with a
+    warning. None if there is no checkpoint. Raises CheckpointError if there are some and none loads, or if latest.pth is
+    whole but not for this program."""
     latest = folder / "latest.pth"
     others = [path for path in folder.glob("*.pth") if path != latest]
     damage: CheckpointError | None = None
@@ -189,22 +186,21 @@ def find_latest(folder: Path) -> dict[str, Any] | None:
     for path in others:
         with contextlib.suppress(CheckpointError):
             steps[path] = load_checkpoint(path, mmap=True)["step"]
-    for path in sorted(steps, key=lambda path: (steps[path], path), reverse=True):
-        with contextlib.suppress(CheckpointError):
-            state = load_checkpoint(path)
-            if damage:
-                aside = latest.with_name("latest.damaged")
-                os.replace(latest, aside)
-                print(f"Warning: {damage} It was set aside as {aside}.", file=sys.stderr)
-            print(f"Going on from {path}, step {steps[path]:,}, the newest that loads.", file=sys.stderr)
-            return state
-    raise CheckpointError(
-        f"No checkpoint in {folder} loads. {damage or ''} Restore one from a backup, or start anew with another folder: "
-        f"--checkpoint_path ./checkpoints/NAME.".replace("  ", " ")
-    )
+    if not steps:
+        raise CheckpointError(
+            f"No checkpoint in {folder} loads. {damage or ''} Restore one from a backup, or start anew with another folder: "
+            f"--checkpoint_path ./checkpoints/NAME.".replace("  ", " ")
+        )
+    newest = max(steps, key=lambda path: (steps[path], path))
+    if damage:
+        aside = latest.with_name("latest.damaged")
+        os.replace(latest, aside)
+        print(f"Warning: {damage} It was set aside as {aside}.", file=sys.stderr)
+    print(f"Going on from {newest}, step {steps[newest]:,}, the newest that loads.", file=sys.stderr)
+    return load_checkpoint(newest)
 
 
-# --- settings that contradict the checkpoint ----------------------------------------------------------
+# --- settings that contradict the checkpoint --------------------------------------------------------------
 
 # What a resumed run may change freely: where things are, how fast, how often, how long.
 FREE = {
@@ -220,7 +216,7 @@ TUNABLE = {
 
 
 def check_resume(saved: Settings, settings: Settings, accept_changes: bool) -> None:
-    """Refuse to go on from a checkpoint with settings that contradict it: the differences, and the way out."""
+    """Refuse to resume from a checkpoint with settings that contradict it: say the differences and the way out."""
     changed = [(name, old, new) for name, old, new in differences(saved._asdict(), settings._asdict()) if name not in FREE]
     if saved.BATCH_SIZE * saved.GRAD_ACCUM_STEPS == settings.BATCH_SIZE * settings.GRAD_ACCUM_STEPS:
         changed = [c for c in changed if c[0] not in ("BATCH_SIZE", "GRAD_ACCUM_STEPS")]  # the same images in each step
@@ -235,3 +231,54 @@ def check_resume(saved: Settings, settings: Settings, accept_changes: bool) -> N
         f"{settings.CHECKPOINT_PATH}/latest.pth was trained with other settings ({listed}). "
         f"Either {way_out}; or start anew with another folder: --checkpoint_path ./checkpoints/NAME."
     )
+
+
+# --- one run at a time ------------------------------------------------------------------------------------
+
+
+class FolderLock:
+    """`with FolderLock(folder, flag):` makes the folder and holds it until the block ends or the process dies. The operating
+    system keeps the lock, not the file `.lock`. flag: the setting that named the folder, for the message.
+    Raises UserError while another run lives, or without write permission."""
+
+    def __init__(self, folder: Path, flag: str):
+        self.folder, self.flag = folder, flag
+
+    def __enter__(self) -> "FolderLock":
+        make_folder(self.folder, self.flag)
+        with writing(self.folder, self.flag):
+            self.file = open(self.folder / ".lock", "a+", encoding="utf-8")
+        try:
+            take(self.file)
+        except (BlockingIOError, PermissionError):  # other errors: a file system without locks
+            self.file.seek(0)
+            owner = self.file.read().strip() or "another process"
+            self.file.close()
+            raise UserError(
+                f"{self.folder} is in use by {owner}. Wait for that run to end, or give this one {self.flag} of its own."
+            ) from None
+        except OSError as error:
+            print(f"Warning: {self.folder} cannot be locked ({reason(error)}). Make sure that only one run uses it at a time.")
+        with contextlib.suppress(OSError):  # a full disk: the lock holds, only without its owner's name
+            os.ftruncate(self.file.fileno(), 0)
+            os.write(self.file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        for part in self.folder.glob(".*.part-*"):  # what a run that was killed while saving left half-written
+            part.unlink(missing_ok=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+
+def take(file: IO[str]) -> None:
+    """Lock the open file, or raise BlockingIOError or PermissionError at once if another process has it."""
+    if os.name == "nt":
+        import msvcrt
+
+        file.seek(1 << 30)  # Windows locks bytes against reading too: lock one that is never read
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        file.seek(0)
+    else:
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: a child that outlives us would keep holding it

@@ -7,7 +7,7 @@ import sys
 import torch
 from torch import nn
 
-from src.runtime.settings import Settings
+from src.runtime.kernels import speed_up
 from src.utils import FlagError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -51,7 +51,7 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 class InPrecision(nn.Module):
-    """A network whose matrix products run in `dtype` by autocast; float32 changes nothing. Arguments and result as before."""
+    """A network whose matrix products run in `dtype` by autocast; float32 changes nothing. Arguments and result stay."""
 
     def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype):
         super().__init__()
@@ -62,9 +62,11 @@ class InPrecision(nn.Module):
             return self.model(*args)
 
 
-def place(model: nn.Module, device: torch.device) -> None:
-    """Move a network to the device, in the memory layout in which convolutions are fastest there."""
-    model.to(device).to(memory_format=torch.channels_last)
+def place(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The same network on the device, in the memory layout and with the modules that are fastest there in `dtype`."""
+    model.to(memory_format=torch.channels_last).to(device)  # type: ignore[call-overload]
+    speed_up(model, device, dtype)
+    return model
 
 
 def should_compile(choice: str, device: torch.device) -> bool:
@@ -111,13 +113,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def memory_advice(settings: Settings) -> str:
-    """What to do where memory ran out in training: the numbers that keep the effective batch."""
-    batch, passes = settings.BATCH_SIZE, settings.GRAD_ACCUM_STEPS
-    if batch == 1:
+def memory_advice(batch_size: int, grad_accum_steps: int) -> str:
+    """What to do when memory ran out in training: the numbers that keep the effective batch."""
+    if batch_size == 1:
         return "Out of memory with a batch of one image. Use a smaller --unet_dim or --image_size."
-    smaller = next(size for size in range(batch // 2, 0, -1) if batch % size == 0)
+    smaller = next(size for size in range(batch_size // 2, 0, -1) if batch_size % size == 0)
     return (
-        f"Out of memory with BATCH_SIZE {batch} and GRAD_ACCUM_STEPS {passes}. The same effective batch takes less with "
-        f"--batch_size {smaller} --grad_accum_steps {passes * batch // smaller}; the run goes on from its last save."
+        f"Out of memory with BATCH_SIZE {batch_size} and GRAD_ACCUM_STEPS {grad_accum_steps}. The same effective batch needs "
+        f"less with --batch_size {smaller} --grad_accum_steps {grad_accum_steps * batch_size // smaller}; the run goes on from "
+        f"its last save."
     )

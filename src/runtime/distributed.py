@@ -14,13 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from src.utils import FlagError, UserError
 
-PATIENCE = timedelta(days=1)  # for what one process does while the others wait: a download, a save to a slow disk
+TIMEOUT = timedelta(days=1)  # for what one process does while the others wait: a download, a save to a slow disk
 
 
 @dataclass(frozen=True)
 class World:
-    """Process number `rank` of `size`, number `local_rank` on its machine. Alone, every method does nothing and gives back
-    what it was given, and torch.distributed is never called."""
+    """Process number `rank` of `size`, number `local_rank` on its machine. With one process every method does nothing and
+    returns what it was given, and torch.distributed is never called."""
 
     rank: int = 0
     local_rank: int = 0
@@ -29,48 +29,52 @@ class World:
     @staticmethod
     @contextlib.contextmanager
     def join() -> Iterator["World"]:
-        """Meet the processes that torchrun started, by the variables in which it says who is who. All but the first
-        print nothing, so that a line appears once; their errors they do say."""
-        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-        world = World(*(int(os.environ[name]) for name in names)) if "WORLD_SIZE" in os.environ else World()
+        """Meet the processes that torchrun started; it says who is who in the environment. All but the main process print
+        nothing to stdout, so that a line appears once. Errors are printed by every process."""
+        world = from_environment()
         if world.size == 1:
             yield world
             return
         if not world.is_main:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # sys.stdout, and what torch's own code prints past it
-        store, *_ = next(dist.rendezvous("env://", timeout=PATIENCE))
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it outlives a restart, with addresses of the dead
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # also what torch's own code prints past sys.stdout
+        try:
+            store, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        except (ValueError, RuntimeError) as error:
+            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            why = "the port is in use" if "EADDRINUSE" in str(error) else str(error).splitlines()[0]
+            raise UserError(f"The processes cannot meet at {address}: {why}. {TORCHRUN}") from None
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it survives a restart and holds addresses of the dead
             store = dist.PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-        # gloo for what lies in the machine's memory, NCCL for what lies on a GPU: flags need no wait for the GPU.
+        # gloo for tensors in the machine's memory, NCCL for tensors on a GPU: flags need no wait for the GPU.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=PATIENCE)
-        world.barrier()  # one that ends at once, on a bad flag say, must not take the store from those still arriving
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=TIMEOUT)
+        world.barrier()  # if one ended at once, on a bad flag say, it would take the store from those still arriving
         yield world
-        dist.destroy_process_group()  # after an error the process ends without: the others may be gone
+        dist.destroy_process_group()  # not after an error: the other processes may be gone
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes files and talks."""
+        """Whether this process writes files and prints."""
         return self.rank == 0
 
     @property
     def hides_bars(self) -> bool | None:
-        """tqdm's `disable`: None, which shows bars on a terminal alone, or True where another process shows them."""
+        """tqdm's `disable`: None shows bars on a terminal only, True is for the other processes."""
         return None if self.is_main else True
 
-    def share(self, batch_size: int) -> int:
-        """How many of the images of a batch are this process's, as many as every other's. Raises FlagError."""
+    def local_batch_size(self, batch_size: int) -> int:
+        """This process's number of images in a batch, the same in every process. Raises FlagError."""
         if batch_size % self.size:
             below = batch_size // self.size * self.size
             near = " or ".join(str(size) for size in (below, below + self.size) if size)
             raise FlagError(
-                f"--batch_size: got {batch_size}, the images per pass of all {self.size} processes together; each takes the "
-                f"same share, so allowed are multiples of {self.size}, for example {near}."
+                f"--batch_size: got {batch_size}, the images per pass of all {self.size} processes together. Each takes the "
+                f"same number, so allowed are multiples of {self.size}, for example {near}."
             )
         return batch_size // self.size
 
-    def mine(self, items: Any) -> Any:
-        """This process's of the items of a sequence, every size-th: what the processes divide among them, batch by batch."""
+    def shard(self, items: Any) -> Any:
+        """Every size-th item of a sequence, starting at this rank. Together the processes cover all items."""
         return items[self.rank :: self.size]
 
     def barrier(self) -> None:
@@ -78,9 +82,9 @@ class World:
         self.sum(torch.zeros(1))  # on the CPU, by gloo: dist.barrier would take the GPU
 
     @contextlib.contextmanager
-    def in_turn(self) -> Iterator[None]:
-        """What must not be done by all at once: first one process does it, then one on each other machine, then the rest.
-        So the second and third find what the first has made."""
+    def main_process_first(self) -> Iterator[None]:
+        """Run the block on the main process first, then on one process per machine, then on the rest. The later ones find
+        what the first have made."""
         turn = 0 if self.is_main else 1 if self.local_rank == 0 else 2
         for _ in range(turn):
             self.barrier()
@@ -89,13 +93,13 @@ class World:
             self.barrier()
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all processes, in place, on whatever device."""
+        """The sum over all processes, in place, on any device."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def max(self, *values: int) -> list[int]:
-        """The largest that any process gives, one by one."""
+        """The largest value of any process, one by one."""
         if self.size == 1:
             return list(values)
         largest = torch.tensor(values)
@@ -103,28 +107,47 @@ class World:
         return largest.tolist()
 
     def check_same(self, number: int, what: str) -> None:
-        """Raise UserError where the number is not the same in all processes."""
+        """Raise UserError if the number is not the same in all processes."""
         low, high = self.max(-number, number)
         if -low != high:
-            raise UserError(f"The processes do not agree on {what}. {ADVICE}")
+            raise UserError(
+                f"The processes do not agree on {what}. Start all of them with the same flags, on a --checkpoint_path that all "
+                f"machines share."
+            )
 
     def parallel(self, network: nn.Module, device: torch.device) -> Any:
-        """The network with gradients that are the mean over all processes, summed while the backward pass goes on."""
+        """The network with gradients that are the mean over all processes, summed during the backward pass."""
         if self.size == 1:
             return network
         devices = [device] if device.type == "cuda" else None
         return DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True)
 
-    def keeping_gradients(self, network: Any) -> contextlib.AbstractContextManager:
-        """For all passes of a step but the last: gradients stay in their process until the last pass sends them."""
-        return network.no_sync() if self.size > 1 else contextlib.nullcontext()
+    def no_sync(self, network: Any, unless: bool) -> contextlib.AbstractContextManager:
+        """Keep gradients in this process during the block. The last pass of a step sends them: unless=True."""
+        return network.no_sync() if self.size > 1 and not unless else contextlib.nullcontext()
 
 
-ADVICE = "Start all of them with the same flags, on a --checkpoint_path that all machines share."
+TORCHRUN = "Start several processes with torchrun (docs/scaling.md). For one process, unset WORLD_SIZE."
+
+
+def from_environment() -> World:
+    """Which process this is, as torchrun says. Clusters also set some of these names, empty or to 1, for a single process.
+    Raises UserError where several processes are announced and the rest is missing."""
+    numbers: dict[str, int] = {}
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        text = os.environ.get(name, "").strip()
+        if name != "WORLD_SIZE" and not text and numbers["WORLD_SIZE"] > 1:
+            raise UserError(f"WORLD_SIZE is {numbers['WORLD_SIZE']}, but {name} is not set. {TORCHRUN}")
+        if text and not text.isdecimal():
+            raise UserError(f"The environment has {name}={text!r}, expected a number. {TORCHRUN}")
+        numbers[name] = int(text or (name == "WORLD_SIZE"))
+    if numbers["WORLD_SIZE"] <= 1:
+        return World()
+    return World(numbers["RANK"], numbers["LOCAL_RANK"], numbers["WORLD_SIZE"])
 
 
 def lost_contact(error: BaseException) -> bool:
     """Whether the error says that another process is gone. gloo has no type for it, only words."""
-    is_told = isinstance(error, (dist.DistError, RuntimeError)) and "WORLD_SIZE" in os.environ
     words = ("gloo", "onnection closed", "onnection reset", "NCCL", "Socket", "TCPStore")
-    return is_told and (isinstance(error, dist.DistError) or any(word in str(error) for word in words))
+    is_told = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    return "WORLD_SIZE" in os.environ and (isinstance(error, dist.DistError) or is_told)

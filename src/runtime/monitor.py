@@ -1,51 +1,140 @@
-"""What a run tells while it goes on: TensorBoard curves and pictures, the progress bar, lines where there is no terminal."""
+"""What a run tells while it goes on: means of the loss, TensorBoard curves and images, the progress bar or lines of text."""
 
 import contextlib
 import math
-import threading
+import os
+import secrets
+import socket
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard import summary
 from tqdm import tqdm
 
 from src.runtime.device import peak_memory
-from src.utils import writing_to
+from src.runtime.distributed import World
+from src.runtime.settings import Settings
+from src.utils import writing
 
 SECONDS_PER_LINE = 60  # between lines of progress where there is no terminal for a bar
+QUARTERS = ("1_least_noise", "2", "3", "4_most_noise")  # of [0, T)
 
 
-class Nowhere:
-    """A SummaryWriter that writes nothing, for all processes but the first."""
+class Meter:
+    """Sums of the loss, by quarter of t, and of the gradient norm. They stay on the device: nothing waits until `read`.
 
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *args, **options: None
+    Values that are not finite are left out: under fp16 a step whose gradients overflow is skipped now and then.
+    """
+
+    def __init__(self, time_steps: int, device: torch.device, world: World = World()):  # noqa: B008 (immutable)
+        self.time_steps, self.world = time_steps, world
+        self.sums = torch.zeros(2, 4, device=device)  # loss, images
+        self.norms = torch.zeros(2, device=device)  # gradient norm, steps
+        self.bad_step = torch.full((), -1, device=device)  # the first whose gradient was not finite
+
+    def add(self, losses: Tensor, t: Tensor) -> None:
+        """losses: [B] float32.   t: [B] int64."""
+        quarter = t * 4 // self.time_steps
+        self.sums.index_add_(1, quarter, torch.stack(finite(losses.detach())))
+
+    def add_norm(self, norm: Tensor, step: int) -> Tensor:
+        """norm: of the gradient of step number `step`. Returns 1.0 if it is not finite, else 0.0, on the device."""
+        value, is_finite = finite(norm)
+        self.norms += torch.stack([value, is_finite])
+        self.bad_step = torch.where((is_finite == 0) & (self.bad_step < 0), step, self.bad_step)
+        return 1 - is_finite
+
+    def collect(self) -> None:
+        """Bring the losses of all processes together in the main process, which logs and saves."""
+        self.world.sum(self.sums)
+        if not self.world.is_main:
+            self.sums.zero_()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """So that the first point after a resume is the mean that the uninterrupted run would have shown."""
+        return {"sums": self.sums, "norms": self.norms}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if self.world.is_main:  # which has them for all
+            self.sums.copy_(state["sums"])
+        self.norms.copy_(state["norms"])
+
+    def read(self) -> dict[str, float]:
+        """The means since the last read, by TensorBoard tag. It waits for the device, and leaves out what has no value."""
+        losses, images = self.sums.tolist()
+        norm, steps = self.norms.tolist()
+        self.sums.zero_()
+        self.norms.zero_()
+        totals = {"loss/train": (sum(losses), sum(images)), "optimizer/gradient_norm": (norm, steps)}
+        totals |= {f"loss_by_t/{q}": (loss, n) for q, loss, n in zip(QUARTERS, losses, images)}
+        return {tag: total / count for tag, (total, count) in totals.items() if count}
+
+
+def finite(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The values with 0 for those that are not finite, and 1 for each that is, else 0."""
+    is_finite = values.isfinite()
+    return values.where(is_finite, 0), is_finite.to(values.dtype)
+
+
+class EventFile:
+    """A file of TensorBoard events. Each is written by the caller, so that a full disk raises OSError here and not in a
+    thread. purge_step: TensorBoard hides what earlier files of the folder have from this step on."""
+
+    def __init__(self, folder: Path, purge_step: int | None = None):
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"
+        self.records = RecordWriter(open(folder / name, "wb"))  # noqa: SIM115 (closed by close)
+        self.write(file_version="brain.Event:2")
+        if purge_step:
+            self.write(step=purge_step, session_log=SessionLog(status=SessionLog.START))
+        self.flush()
+
+    def write(self, **fields: Any) -> None:
+        self.records.write(Event(wall_time=time.time(), **fields).SerializeToString())
+
+    def scalar(self, step: int, tag: str, value: float) -> None:
+        self.write(step=step, summary=summary.scalar(tag, value))
+
+    def image(self, step: int, tag: str, image: Tensor) -> None:
+        """image: [3, H, W] uint8."""
+        self.write(step=step, summary=summary.image(tag, image, dataformats="CHW"))
+
+    def table(self, step: int, tag: str, rows: dict) -> None:
+        """A table of two columns, in Markdown."""
+        lines = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+        self.write(step=step, summary=summary.text(tag, f"| name | value |\n|---|---|\n{lines}"))
+
+    def flush(self) -> None:
+        self.records.flush()
+
+    def close(self) -> None:
+        self.records.close()
 
 
 class Monitor:
-    """One run's TensorBoard events at log_path and its progress bar, which is lines of text where there is no terminal.
-    log_path None: nothing of either.
+    """One run's TensorBoard events in LOG_PATH, and its progress bar, or lines of text where there is no terminal. In all
+    processes but the main one it does nothing.
 
-    A run resumed after `first_step` steps hides what an earlier one wrote past it (TensorBoard's purge_step).
+    A run resumed after `first_step` steps hides what an earlier one wrote past it.
     """
 
-    def __init__(self, log_path: Path | None, first_step: int, last_step: int, images_per_step: int, device: torch.device):
-        self.log_path, self.last_step = log_path, last_step
-        self.hook, threading.excepthook = threading.excepthook, lambda _: None  # SummaryWriter raises its thread's errors
-        with self.writing():
-            self.writer: Any = SummaryWriter(log_path, purge_step=first_step + 1, flush_secs=20) if log_path else Nowhere()
-        is_silent = None if log_path else True  # None: no bar where there is no terminal
-        self.bar = tqdm(total=last_step, initial=first_step, unit="step", disable=is_silent, smoothing=0.05, dynamic_ncols=True)
-        self.device, self.images_per_step = device, images_per_step
+    def __init__(self, settings: Settings, world: World, device: torch.device, first_step: int, last_step: int):
+        self.log_path, self.last_step, self.device = Path(settings.LOG_PATH), last_step, device
+        self.images_per_step = settings.BATCH_SIZE * settings.GRAD_ACCUM_STEPS
+        self.events: EventFile | None = None
+        if world.is_main:
+            with writing(self.log_path, "--log_path"):
+                self.events = EventFile(self.log_path, purge_step=first_step + 1)
+                self.events.table(first_step, "settings", settings._asdict())
+        options = dict(unit="step", smoothing=0.05, dynamic_ncols=True)
+        self.bar = tqdm(total=last_step, initial=first_step, disable=world.hides_bars, **options)
         self.restart_clock(first_step)
         self.line_clock = self.clock
-
-    def writing(self) -> contextlib.AbstractContextManager:
-        return writing_to(self.log_path or Path(), "--log_path")
 
     def restart_clock(self, step: int) -> None:
         """Leave what happened since the last point (saving, previews) out of the images per second."""
@@ -65,34 +154,29 @@ class Monitor:
         self.restart_clock(step)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        with self.writing():
-            for tag, value in values.items():
-                self.writer.add_scalar(tag, value, step)
+        self.write(lambda events: [events.scalar(step, tag, value) for tag, value in values.items()])
 
-    def picture(self, step: int, tag: str, picture: Tensor) -> None:
-        """picture: [3, H, W] uint8."""
-        with self.writing():
-            self.writer.add_image(tag, picture, step)
+    def image(self, step: int, tag: str, image: Tensor) -> None:
+        """image: [3, H, W] uint8."""
+        self.write(lambda events: events.image(step, tag, image))
 
-    def text(self, step: int, tag: str, table: dict) -> None:
-        """A two-column table, in Markdown."""
-        rows = "\n".join(f"| {name} | {value} |" for name, value in table.items())
-        with self.writing():
-            self.writer.add_text(tag, f"| name | value |\n|---|---|\n{rows}", step)
+    def flush(self) -> None:
+        self.write(EventFile.flush)
+
+    def write(self, action: Any) -> None:
+        if self.events:
+            with writing(self.log_path, "--log_path"):
+                action(self.events)
 
     def say(self, text: str) -> None:
         """A line above the bar."""
         self.bar.write(text) if not self.bar.disable else print(text, flush=True)
-
-    def flush(self) -> None:
-        with self.writing():
-            self.writer.flush()
 
     def __enter__(self) -> "Monitor":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()
-        with contextlib.suppress(OSError):  # all that matters was flushed before the last save
-            self.writer.close()
-        threading.excepthook = self.hook
+        if self.events:
+            with contextlib.suppress(OSError):  # all that matters was flushed before the last save
+                self.events.close()

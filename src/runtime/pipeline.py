@@ -1,5 +1,6 @@
-"""A checkpoint ready to draw, for the scripts: what the flags say of how to draw, and the drawing itself."""
+"""A checkpoint ready to draw, for the scripts: the flags that say how to draw, and the drawing itself."""
 
+import difflib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,19 +11,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from src.pictures import PictureNoise, grid, to_uint8
+from src.noise import PictureNoise
 from src.runtime.build import build_diffusion, build_model
-from src.runtime.checkpoint import load_checkpoint, load_weights
+from src.runtime.checkpoint import TO_DRAW, load_checkpoint, load_weights
 from src.runtime.device import InPrecision, pick_device, pick_precision, place, should_compile, synchronize
 from src.runtime.distributed import World
 from src.runtime.flags import FlagParser, choice, number, whole
-from src.runtime.labels import parse_classes
 from src.runtime.settings import RULES
 from src.samplers import SAMPLERS
-from src.utils import FlagError
+from src.utils import FlagError, grid, to_uint8
 
 DEFAULT_STEPS = {"ddim": 50, "dpm++": 20}  # ddpm takes all that the model was trained with
-GIF_FRAMES, GIF_PICTURES = 50, 16  # the most that denoising.gif shows
+GIF_FRAMES, GIF_IMAGES = 50, 16  # the most that denoising.gif shows
 
 
 def add_drawing_flags(parser: FlagParser, group: Any) -> None:
@@ -55,14 +55,42 @@ def check_drawing_flags(flags: SimpleNamespace) -> None:
         raise FlagError(f"--eta: got {flags.eta:g} with --sampler {flags.sampler}; only --sampler ddim takes it.")
 
 
-class Artist:
+def parse_classes(words: str, classes: Sequence[str], class_ids: Sequence[str]) -> list[int]:
+    """ "goldfish,n02124075,17" -> labels; "all" -> every label. Names in any case, ids, or indices from 0.
+    Raises FlagError for a word that is none of them, with the nearest names."""
+    if words.strip().lower() == "all":
+        return list(range(len(classes)))
+    label_of = {class_id.lower(): label for label, class_id in enumerate(class_ids)}
+    for label, name in enumerate(classes):
+        label_of.setdefault(name.lower(), label)
+    labels = []
+    for word in (word.strip() for word in words.split(",")):
+        if word.lower() in label_of:
+            labels.append(label_of[word.lower()])
+        elif word.isdecimal() and int(word) < len(classes):
+            labels.append(int(word))
+        elif word.isdecimal():
+            raise FlagError(
+                f"--classes: got {word}, but the checkpoint's {len(classes)} classes have indices 0 to {len(classes) - 1}."
+            )
+        else:
+            near = difflib.get_close_matches(word.lower(), label_of, 3, cutoff=0.5)
+            parts = [name for name in label_of if word.lower() in name][:3]
+            meant = ", ".join(dict.fromkeys(near + parts))
+            advice = f"did you mean {meant}?" if meant else f"there are {', '.join(classes[:10])}, ..."
+            raise FlagError(f"--classes: the checkpoint has no class {word!r}; {advice}")
+    return labels
+
+
+class Pipeline:
     """A checkpoint ready to draw: the network, the diffusion, the classes, and how the flags want it done."""
 
     def __init__(self, flags: SimpleNamespace, world: World = World()):  # noqa: B008 (immutable)
         self.world = world
-        state = load_checkpoint(Path(flags.checkpoint), mmap=True)
+        weights = "ema" if flags.weights == "ema" else "model"
+        state = load_checkpoint(Path(flags.checkpoint), (*TO_DRAW, weights), mmap=True)
         self.settings, self.classes, self.class_ids = state["config"], state["classes"], state["class_ids"]
-        self.step, self.epoch = state["step"], state["epoch"]
+        self.step, self.epoch = state.get("step"), state.get("epoch")
         s, most = self.settings, self.settings.TIME_STEPS
         if flags.steps and flags.steps > most:
             raise FlagError(
@@ -75,16 +103,15 @@ class Artist:
         self.device = pick_device(flags.device, world.local_rank)
         self.dtype = pick_precision(flags.precision, self.device)
         model = build_model(s, len(self.classes))
-        load_weights(model, state["ema" if flags.weights == "ema" else "model"])
-        place(model.eval().requires_grad_(False), self.device)
+        load_weights(model, state[weights])
+        place(model.eval().requires_grad_(False), self.device, self.dtype)
         self.network: Callable = InPrecision(model, self.device, self.dtype)
         self.is_compiled = should_compile(flags.compile, self.device)
         if self.is_compiled:
             self.network = torch.compile(self.network)
         self.diffusion = build_diffusion(s).to(self.device)
         self.shape = (3, s.IMAGE_SIZE, s.IMAGE_SIZE)
-        self.options = dict(sampler=flags.sampler, steps=self.steps, eta=flags.eta, guidance=flags.guidance)
-        self.calls_per_step = 1 if flags.guidance in (0, 1) else 2
+        self.sampler, self.eta, self.guidance = flags.sampler, flags.eta, flags.guidance
 
     def label(self, index: int) -> int | None:
         """The class of picture number `index`: the classes in turn."""
@@ -94,12 +121,9 @@ class Artist:
         return torch.tensor(labels, device=self.device) if self.labels else None
 
     def seconds_per_call(self, pictures: int, batch_size: int) -> float:
-        """Of the network for one picture, from one call on as many of them as will be common, on a CPU on at most four."""
-        batch = min(batch_size, pictures) if self.device.type == "cuda" else min(batch_size, pictures, 4)
-        x, t = (
-            torch.randn(batch, *self.shape, device=self.device),
-            torch.zeros(batch, dtype=torch.int64, device=self.device),
-        )
+        """Time of the network for one picture, from one call on a batch of the usual size, on a CPU of at most four."""
+        batch = min(batch_size, pictures, batch_size if self.device.type == "cuda" else 4)
+        x, t = torch.randn(batch, *self.shape, device=self.device), torch.zeros(batch, dtype=torch.int64, device=self.device)
         y = self.to_y([0] * batch)
         with torch.no_grad():
             for _ in range(2):  # the first call compiles, allocates and picks kernels
@@ -110,26 +134,22 @@ class Artist:
         return (time.perf_counter() - start) / batch
 
     def seconds(self, pictures: int, batch_size: int) -> float:
-        """How long drawing `pictures` will take, by all processes together."""
-        seconds = self.seconds_per_call(pictures, batch_size) * pictures * self.steps * self.calls_per_step
+        """How long all processes together take to draw `pictures`."""
+        calls_per_step = 1 if self.guidance in (0, 1) else 2
+        seconds = self.seconds_per_call(pictures, batch_size) * pictures * self.steps * calls_per_step
         return seconds / min(self.world.size, -(-pictures // batch_size))
 
+    @torch.no_grad()
     def draw(
-        self,
-        noise: Callable[[int], Tensor],
-        y: Tensor | None,
-        count: int,
-        bar: tqdm,
-        frames: list | None = None,
-        network=None,
+        self, noise: Callable[[int], Tensor], y: Tensor | None, bar: tqdm, frames: list | None = None, network: Any = None
     ) -> Tensor:
-        """One batch: [count, 3, S, S] uint8. frames: where to put what denoising.gif shows of it, if anywhere."""
-        network = network or self.network
-        trajectory = self.diffusion.trajectory(network, (count, *self.shape), noise=noise, y=y, **self.options)
+        """One batch from noise(0), [B, 3, S, S], as uint8. frames: a list that gets what denoising.gif shows of it."""
+        denoiser = self.diffusion.denoiser(network or self.network, y, self.guidance)
         every = -(-self.steps // GIF_FRAMES)
+        trajectory = SAMPLERS[self.sampler](noise(0), self.diffusion.path(self.steps), denoiser, noise, self.eta)
         for k, (x, x_0) in enumerate(trajectory, start=1):
             if frames is not None and (k % every == 0 or k == self.steps):
-                left, right = (grid(to_uint8(images[:GIF_PICTURES])) for images in (x, x_0))
+                left, right = (grid(to_uint8(images[:GIF_IMAGES])) for images in (x, x_0))
                 frames.append(torch.cat([left, right], dim=2))
             bar.update()
         return to_uint8(x)
@@ -139,7 +159,7 @@ class Artist:
     ) -> Iterator[tuple[Sequence[int], Tensor]]:
         """This process's part of the pictures number `indices` of the series `seed`, batch by batch: (their numbers,
         [B, 3, S, S] uint8). frames: as in `draw`, for the first batch."""
-        starts = self.world.mine(range(0, len(indices), batch_size))
+        starts = self.world.shard(range(0, len(indices), batch_size))
         for start in starts:
             batch = indices[start : start + batch_size]
             drawn = list(batch)
@@ -147,7 +167,7 @@ class Artist:
                 drawn += [drawn[-1]] * (batch_size - len(drawn))
             noise = PictureNoise(seed, drawn, self.shape, self.device)
             y = self.to_y([self.label(i) for i in drawn])
-            yield batch, self.draw(noise, y, len(drawn), bar, frames if start == 0 else None)[: len(batch)]
+            yield batch, self.draw(noise, y, bar, frames if start == 0 else None)[: len(batch)]
 
 
 def duration(seconds: float) -> str:

@@ -1,95 +1,117 @@
-"""Ctrl-C, SIGTERM and a closed terminal, met where nothing is lost."""
+"""Ctrl-C, SIGTERM and a closed terminal stop a run where nothing is lost, and how the scripts end."""
 
 import contextlib
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
-from src.runtime.distributed import World
+from src.runtime.device import is_out_of_memory
+from src.runtime.distributed import World, lost_contact
+from src.utils import UserError
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class StopRequest:
     """Inside `with StopRequest() as stop:` a signal sets stop.signal and raises KeyboardInterrupt at once. Inside
-    `with stop.postponed():` it only sets stop.signal, for the loop there to read; a second Ctrl-C still raises.
+    `with stop.postponed("step"):` it only sets stop.signal, which the loop there reads, and says what is being finished; a
+    second Ctrl-C raises.
 
-    What the starter of the process ignores stays ignored, as under nohup.
+    A signal that the parent process ignores stays ignored, as under nohup. Outside the main thread nothing is changed.
     """
 
     signal: int | None = None
-    is_postponed = False
+    task: str = ""  # what a signal has to wait for; "" if nothing
 
     def __enter__(self) -> "StopRequest":
         self.process = os.getpid()
         self.terminals = [handle for handle in (1, 2) if os.isatty(handle)]
-        heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        is_main_thread = threading.current_thread() is threading.main_thread()  # Python allows handlers there alone
+        heeded = [number for number in SIGNALS if is_main_thread and signal.getsignal(number) is not signal.SIG_IGN]
         self.before = {number: signal.signal(number, self.note) for number in heeded}
-        self.hook_before, sys.unraisablehook = sys.unraisablehook, self.note_unraisable
         return self
 
     def __exit__(self, *_: object) -> None:
-        sys.unraisablehook = self.hook_before
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
     @contextlib.contextmanager
-    def postponed(self) -> Iterator[None]:
-        """Where work is in hand that is worth finishing."""
-        self.is_postponed = True
+    def postponed(self, task: str) -> Iterator[None]:
+        """A block that is worth finishing; task: what it does."""
+        before, self.task = self.task, task
         try:
             yield
         finally:
-            self.is_postponed = False
+            self.task = before
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Where nothing would be lost, also inside `postponed`. A signal that came before raises here, and so does one
-        that ended the block by another error, such as the death of the processes that the signal reached as well."""
-        before, self.is_postponed = self.is_postponed, False
-        try:
-            if self.signal is None:
-                yield
-        finally:
-            self.is_postponed = before
-            if self.signal is not None:
-                raise KeyboardInterrupt
+        """A block in which nothing would be lost. A signal that came before, or that the block swallowed, raises at its end."""
+        with self.postponed(""):
+            try:
+                if self.signal is None:
+                    yield
+            finally:
+                if self.signal is not None:
+                    raise KeyboardInterrupt
 
     def note(self, number: int, frame: FrameType | None) -> None:
+        """The handler."""
         if os.getpid() != self.process:
-            return  # a process that decodes images, which Ctrl-C reaches as well: it ends with this one
-        if number == getattr(signal, "SIGHUP", None):
-            self.leave_terminal()
+            return  # a process that decodes images gets Ctrl-C as well: it ends with this one
+        if number == getattr(signal, "SIGHUP", None):  # a closed terminal would answer each line with an error
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for handle in self.terminals:
+                os.dup2(nowhere, handle)
         is_second = self.signal is not None
         self.signal = number
-        if not self.is_postponed or (is_second and number == signal.SIGINT):
+        if not self.task or (is_second and number == signal.SIGINT):
             raise KeyboardInterrupt
-
-    def note_unraisable(self, unraisable: "sys.UnraisableHookArgs") -> None:
-        """What is raised amid a fork or a destructor Python prints with its traceback and throws away. Where a signal is the
-        reason, print nothing, and if it was the signal's own error that went lost, ask again in a moment."""
-        if self.signal is None:
-            self.hook_before(unraisable)
-        elif unraisable.exc_type is KeyboardInterrupt:
-            threading.Timer(0.1, os.kill, [self.process, self.signal]).start()
-
-    def leave_terminal(self) -> None:
-        """Print to nowhere from now on: a closed terminal would answer each line with an error."""
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for handle in self.terminals:
-            os.dup2(nowhere, handle)
+        if not is_second:
+            line = f"\n{signal.Signals(number).name}: finishing the {self.task}, then saving. A second Ctrl-C stops at once.\n"
+            os.write(2, line.encode())  # not print: the signal may have come in the middle of one
 
     def agree(self, world: World) -> bool:
-        """Whether a signal came, to this process or to another that works with it: then to all."""
-        number = world.max(self.signal or 0)[0]
-        if number:
-            self.signal = number
-        return bool(number)
+        """Whether a signal came to any process of the job; then all stop."""
+        self.signal = world.max(self.signal or 0)[0] or None
+        return self.signal is not None
 
     @property
     def exit_code(self) -> int:
         """130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP: 128 + the signal, as shells report it."""
         return 128 + self.signal if self.signal else 0
+
+
+def run_script(name: str, body: Callable[[StopRequest], None], out_of_memory: Callable[[], str], stopped: str) -> int:
+    """Run the body of a script and return its exit code: 0, 2 for flags, 1 for other errors of the user, 128 + the signal.
+
+    Errors that the user can fix print one sentence to stderr. A traceback means a bug in this program.
+    out_of_memory: the advice for that case.   stopped: what is kept after a signal that ended the body at once.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large memory pages: 12% of a training step on a CPU
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names that the terminal cannot print
+    with StopRequest() as stop:
+        try:
+            body(stop)
+            return stop.exit_code
+        except UserError as error:
+            message, code = str(error), error.exit_code
+        except ModuleNotFoundError as error:
+            message, code = f"{error.name} is not installed. Run 'pip install -r requirements.txt'.", 1
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                message, code = out_of_memory(), 1
+            elif lost_contact(error):
+                message, code = "Another process of this job is gone; its own message says why. Files are as last saved.", 1
+            else:
+                raise
+        except KeyboardInterrupt:
+            message, code = stopped, stop.exit_code or 130
+        rank = int(os.environ.get("RANK") or 0)
+        if rank == 0 or code == 1:  # bad flags and signals reach all processes alike: once is enough
+            print(f"{name}:{f' process {rank}:' if rank else ''} {message}", file=sys.stderr)
+        return code

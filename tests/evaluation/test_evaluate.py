@@ -1,7 +1,6 @@
 """evaluate.py: its figures against torch-fidelity called directly and against train.py, its protocol, and its refusals."""
 
 import json
-import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,15 +13,15 @@ from PIL import Image
 import config
 import evaluate
 import train
-from src.dataset import prepare
+from src.dataset import DeviceImages
 from src.ema import EMA
 from src.evaluation.features import INCEPTION_SHA256, RandomConv, load_features
 from src.evaluation.nearest import nearest, nearest_mirrored
 from src.evaluation.picture_set import PictureSet
-from src.runtime.build import build_diffusion, build_model, build_optimizer
-from src.runtime.checkpoint import save_checkpoint
+from src.runtime.build import build_diffusion, build_model, build_optimizer, open_images
+from src.runtime.checkpoint import Checkpoints, Progress
 from src.runtime.distributed import World
-from src.runtime.meter import Meter
+from src.runtime.monitor import Meter
 from src.runtime.settings import resolve
 
 CPU = torch.device("cpu")
@@ -56,9 +55,10 @@ def run(tmp_path_factory):
     with torch.no_grad():
         for i, weight in enumerate(model.parameters()):  # the head begins at 0: let it say something
             weight += 0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(i))
-    progress = dict(step=7, epoch=1, best_loss=math.inf, classes=["data"], class_ids=["data"])
-    parts = (build_optimizer(settings, model), torch.amp.GradScaler("cpu", enabled=False), Meter(30, CPU))
-    save_checkpoint(root / "tiny.pth", model, EMA(model, 0.9), *parts, settings, **progress)
+    parts = {"model": model, "ema": EMA(model, 0.9).model, "optimizer": build_optimizer(settings, model)}
+    parts |= {"scaler": torch.amp.GradScaler("cpu", enabled=False), "meter": Meter(30, CPU)}
+    images = SimpleNamespace(classes=["data"], class_ids=["data"])
+    Checkpoints(settings._replace(CHECKPOINT_PATH=str(root)), World(), images, Progress(7, 1), parts, None).save("tiny")
 
     def call(*words: str, fresh: str = "") -> dict:
         out = root / "reports" / (fresh or str(len(list(root.glob("reports/*")))))
@@ -160,11 +160,10 @@ def test_exact_and_drawn_bounds_agree_and_terms_add_up(run):
 
 
 def test_the_loss_is_the_one_that_train_logs(run):
-    s = run.settings
-    held_out = prepare("folder", s.DATA_PATH, "val", 16, s.CACHE_PATH, 0).to("cpu")
-    tr = SimpleNamespace(diffusion=build_diffusion(s), held_out=held_out, settings=s, world=World())
-    loss = run.call("--loss")["loss"]
-    assert loss["held_out"] == pytest.approx(train.validate(tr, run.model.eval()), rel=1e-6)  # another memory layout
+    s, loss = run.settings, run.call("--loss")["loss"]
+    images = DeviceImages(open_images(s, "val"), "cpu")
+    logged = train.validate(s, World(), build_diffusion(s), run.model.eval(), images)
+    assert loss["held_out"] == pytest.approx(logged, rel=1e-6)  # another memory layout
     bins = loss["by_t"]
     assert sum(row["loss"] * row["count"] for row in bins) / 6 == pytest.approx(loss["held_out"])
 

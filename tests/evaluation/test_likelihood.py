@@ -123,7 +123,7 @@ def gaussian_bound(diffusion):
 def test_for_gaussian_data_the_estimate_is_the_closed_form_within_its_standard_error(schedule, draws):
     diffusion, images = GaussianDiffusion(200, schedule), 400
     x_0 = MEAN + STD * normals(images, 3, 4, 4, seed=1).clamp(-4.4, 4.4)
-    keys, parts = noise.address(0, torch.arange(images)), strata(200, draws)
+    keys, parts = noise.key(0, torch.arange(images)), strata(200, draws)
     model = gaussian_denoiser(diffusion)
     total = prior_term(diffusion, x_0)
     for part in parts:
@@ -136,7 +136,7 @@ def test_for_gaussian_data_the_estimate_is_the_closed_form_within_its_standard_e
 
 def test_one_draw_a_part_and_all_steps_agree():
     diffusion, x_0 = GaussianDiffusion(50), grey_levels(64, 3, 4, 4)
-    keys, model = noise.address(0, torch.arange(64)), gaussian_denoiser(diffusion)
+    keys, model = noise.key(0, torch.arange(64)), gaussian_denoiser(diffusion)
     exact, drawn = (
         torch.stack([stratum_terms(diffusion, model, x_0, part, keys) for part in strata(50, count)]).sum(0)
         for count in (50, 8)
@@ -178,7 +178,7 @@ def test_the_mass_between_two_points_is_the_same_mirrored_and_right_where_plain_
 
 
 def test_an_image_has_the_same_terms_in_any_batch():
-    diffusion, x_0, keys = GaussianDiffusion(100), grey_levels(5, 3, 4, 4), noise.address(3, torch.arange(5))
+    diffusion, x_0, keys = GaussianDiffusion(100), grey_levels(5, 3, 4, 4), noise.key(3, torch.arange(5))
     for part in strata(100, 6):
         together = stratum_terms(diffusion, gaussian_denoiser(diffusion), x_0, part, keys)
         alone = [

@@ -4,6 +4,7 @@ import os
 import pickle
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,25 +13,23 @@ from torch import nn
 from src.ema import EMA
 from src.runtime.checkpoint import (
     FREE,
-    KEYS,
+    TO_RESUME,
     TUNABLE,
     VERSION,
     CheckpointError,
+    Checkpoints,
     DamagedCheckpoint,
+    FolderLock,
+    Progress,
     check_resume,
     find_latest,
-    keep_previous,
     load_checkpoint,
     load_weights,
-    remove_parts,
-    save_checkpoint,
 )
-from src.runtime.device import is_out_of_memory, memory_advice
-from src.runtime.guard import FiniteGuard
-from src.runtime.lock import FolderLock
-from src.runtime.meter import Meter
+from src.runtime.distributed import World
+from src.runtime.monitor import Meter
 from src.runtime.settings import RULES, resolve
-from src.utils import UserError, atomic_file
+from src.utils import UserError
 from tests.runs import same, signal_at
 
 
@@ -46,16 +45,23 @@ class Parts:
 
     def __init__(self, size: int = 4):
         self.model = nn.Linear(size, size)
-        self.ema = EMA(self.model, 0.9)
         self.optimizer = torch.optim.Adam(self.model.parameters())
-        self.scaler = torch.amp.GradScaler("cpu", enabled=False)
-        self.meter = Meter(10, torch.device("cpu"))
         self.model(torch.ones(1, size)).sum().backward()
         self.optimizer.step()
+        self.table = {
+            "model": self.model,
+            "ema": EMA(self.model, 0.9).model,
+            "optimizer": self.optimizer,
+            "scaler": torch.amp.GradScaler("cpu", enabled=False),
+            "meter": Meter(10, torch.device("cpu")),
+        }
+
+    def checkpoints(self, folder: Path, settings, progress: Progress, saved=None) -> Checkpoints:
+        images = SimpleNamespace(classes=["a"], class_ids=["a"])
+        return Checkpoints(settings._replace(CHECKPOINT_PATH=str(folder)), World(), images, progress, self.table, saved)
 
     def save(self, path: Path, settings, step: int = 3) -> Path:
-        numbers = {"step": step, "epoch": 1, "best_loss": 0.5, "classes": ["a"], "class_ids": ["a"]}
-        save_checkpoint(path, **vars(self), settings=settings, **numbers)
+        self.checkpoints(path.parent, settings, Progress(step, 1, 0.5)).save(path.stem)
         return path
 
 
@@ -65,43 +71,35 @@ class Parts:
 def test_what_is_saved_is_loaded_to_the_last_bit(tmp_path, settings):
     parts = Parts()
     state = load_checkpoint(parts.save(tmp_path / "latest.pth", settings))
-    assert state.keys() == KEYS
+    assert state.keys() == {"version", *TO_RESUME}
     assert same(state["model"], dict(parts.model.state_dict()))
-    assert same(state["ema"], dict(parts.ema.model.state_dict()))
     assert same(state["optimizer"], parts.optimizer.state_dict())
-    assert state["config"] == settings
+    assert state["config"] == settings._replace(CHECKPOINT_PATH=str(tmp_path))
     assert same(load_checkpoint(tmp_path / "latest.pth", mmap=True), state)
 
 
-def test_a_file_appears_whole_or_not_at_all_and_is_flushed_before_it_takes_the_name(tmp_path, monkeypatch):
-    calls = []
-    fsync, replace = os.fsync, os.replace
-
-    def is_folder(handle: int) -> bool:
-        return os.path.isdir(f"/proc/self/fd/{handle}") if os.path.exists("/proc/self/fd") else len(calls) == 2
-
-    monkeypatch.setattr(os, "fsync", lambda handle: (calls.append("folder" if is_folder(handle) else "file"), fsync(handle)))
-    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("rename"), replace(a, b)))
-    with atomic_file(tmp_path / "new" / "file") as file:
-        file.write(b"whole")
-        assert not (tmp_path / "new" / "file").exists()
-    assert calls == ["file", "rename", "folder"]
-    assert (tmp_path / "new" / "file").read_bytes() == b"whole"
+def test_what_one_writes_the_other_restores(tmp_path, settings):
+    first, second, progress = Parts(), Parts(), Progress()
+    first.save(tmp_path / "latest.pth", settings)
+    saved = load_checkpoint(tmp_path / "latest.pth")
+    again = second.checkpoints(tmp_path, settings, progress, saved)
+    assert progress == Progress(3, 1, 0.5)
+    again.save("again")
+    assert same(load_checkpoint(tmp_path / "again.pth"), saved)
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, error):
-    (tmp_path / "file").write_bytes(b"old")
-    with pytest.raises(error), atomic_file(tmp_path / "file") as file:
-        file.write(b"new")
-        raise error
-    assert os.listdir(tmp_path) == ["file"]
-    assert (tmp_path / "file").read_bytes() == b"old"
+def test_a_new_part_is_one_entry(tmp_path, settings):
+    parts, counter = Parts(), Meter(10, torch.device("cpu"))
+    parts.table["counter"] = counter
+    counter.norms += 7
+    saved = load_checkpoint(parts.save(tmp_path / "latest.pth", settings))
+    counter.norms.zero_()
+    parts.checkpoints(tmp_path, settings, Progress(), saved)
+    assert counter.norms.tolist() == [7, 7]
 
 
 def test_latest_keeps_one_predecessor(tmp_path, settings):
     for step in (1, 2, 3):
-        keep_previous(tmp_path / "latest.pth")
         Parts().save(tmp_path / "latest.pth", settings, step)
     assert {path.name: load_checkpoint(path)["step"] for path in tmp_path.iterdir()} == {
         "latest.pth": 3,
@@ -112,8 +110,8 @@ def test_latest_keeps_one_predecessor(tmp_path, settings):
 def test_what_a_killed_run_left_half_written_is_removed_and_nothing_else(tmp_path):
     for name in (".latest.pth.part-17", ".latest.previous.pth.part-17", "latest.pth", ".lock", "notes.part-1"):
         (tmp_path / name).touch()
-    remove_parts(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == [".lock", "latest.pth", "notes.part-1"]
+    with FolderLock(tmp_path, "--checkpoint_path"):
+        assert sorted(os.listdir(tmp_path)) == [".lock", "latest.pth", "notes.part-1"]
 
 
 # --- loading ------------------------------------------------------------------------------------------
@@ -135,7 +133,7 @@ def test_a_pickle_with_code_is_refused_and_the_code_is_not_run(tmp_path):
     for name, says in (("zip.pth", "holds Python objects, which could run code"), ("raw.pth", "not a whole checkpoint")):
         for mmap in (False, True):
             with pytest.raises(CheckpointError, match=says):
-                load_checkpoint(tmp_path / name, mmap)
+                load_checkpoint(tmp_path / name, mmap=mmap)
     assert not (tmp_path / "made").exists()
 
 
@@ -170,8 +168,8 @@ def written(path: Path, content) -> Path:
         ({"version": "2.1.0", "state_dict": {}}, "is a file of another program"),
         (torch.zeros(2), "is a file of another program"),
         ({"version": VERSION + 1}, rf"has format version {VERSION + 1}, this program reads up to {VERSION}. Update it"),
-        ({"version": VERSION, "model": {}}, "lacks best_loss, class_ids, classes, config"),
-        ({key: {} for key in KEYS} | {"version": VERSION}, "checkpoint has no setting DATASET: another version"),
+        ({"version": VERSION, "model": {}}, "lacks config, classes, class_ids, ema, step"),
+        ({key: {} for key in TO_RESUME} | {"version": VERSION}, "checkpoint has no setting DATASET: another version"),
     ],
 )
 def test_a_file_that_is_no_checkpoint_of_this_program_is_told_from_a_damaged_one(tmp_path, content, says):
@@ -308,107 +306,3 @@ def test_the_lock_is_free_again_once_its_process_is_gone_however_it_went(run):
 def test_a_lock_and_a_folder_are_made_on_first_use(tmp_path):
     with FolderLock(tmp_path / "deep" / "folder", "--checkpoint_path"):
         assert f"process {os.getpid()} on " in (tmp_path / "deep/folder/.lock").read_text()
-
-
-# --- not finite ---------------------------------------------------------------------------------------
-
-
-def guarded_step(loss: float, gradient: float) -> tuple[FiniteGuard, nn.Parameter]:
-    """One step of the fused Adam with this loss and gradient, as train.py makes it."""
-    weight = nn.Parameter(torch.ones(3))
-    optimizer, guard = torch.optim.Adam([weight], lr=0.1, fused=True), FiniteGuard(torch.device("cpu"))
-    weight.grad = torch.full((3,), gradient)
-    norm = nn.utils.clip_grad_norm_([weight], 1.0)
-    optimizer.found_inf = guard.note(1, torch.tensor(loss), norm)
-    optimizer.step()
-    assert int(optimizer.state[weight]["step"]) == (guard.first_bad < 0)
-    return guard, weight
-
-
-@pytest.mark.parametrize(("loss", "gradient"), [(1.0, torch.inf), (1.0, torch.nan), (torch.nan, 1.0), (torch.inf, 1.0)])
-def test_a_step_that_is_not_finite_does_not_reach_the_weights_and_stops_the_run(settings, loss, gradient):
-    guard, weight = guarded_step(loss, gradient)
-    assert torch.equal(weight, torch.ones(3))
-    with pytest.raises(
-        UserError, match=r"step 1 is not finite .*nothing was saved yet.*--learning_rate 5e-05 --accept_changes"
-    ):
-        guard.check(settings._replace(CHECKPOINT_PATH="./none"), 1e-4, torch.amp.GradScaler("cpu", enabled=False))
-
-
-def test_a_finite_step_goes_through(settings):
-    guard, weight = guarded_step(1.0, 1.0)
-    assert torch.allclose(weight, torch.full((3,), 0.9))
-    guard.check(settings, 1e-4, torch.amp.GradScaler("cpu", enabled=False))
-
-
-def test_the_first_of_several_bad_steps_is_named(settings):
-    guard = FiniteGuard(torch.device("cpu"))
-    for step, loss in ((4, 1.0), (5, torch.nan), (6, torch.nan)):
-        guard.note(step, torch.tensor(loss), torch.tensor(1.0))
-    with pytest.raises(UserError, match="step 5 "):
-        guard.check(settings, 1e-4, torch.amp.GradScaler("cpu", enabled=False))
-
-
-def test_under_fp16_scaling_a_bad_step_is_skipped_and_the_scale_falls_until_there_is_no_hope(settings):
-    weight = nn.Parameter(torch.ones(3))
-    optimizer, guard = torch.optim.Adam([weight], lr=0.1, fused=True), FiniteGuard(torch.device("cpu"))
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    for scale in (2.0, 1.0, 0.5):
-        scaler.scale(torch.ones(())).clone()  # which makes the scale
-        weight.grad = torch.full((3,), torch.inf)
-        scaler.unscale_(optimizer)
-        scaler.step(optimizer)
-        scaler.update()
-        assert scaler.get_scale() == scale and torch.equal(weight, torch.ones(3))
-        if scale >= 1:
-            guard.check(settings, 1e-4, scaler)
-    with pytest.raises(UserError, match=r"overflow fp16 even unscaled.*--precision bf16 or fp32"):
-        guard.check(settings, 1e-4, scaler)
-
-
-def test_means_leave_out_what_is_not_finite():
-    meter = Meter(4, torch.device("cpu"))
-    meter.add(torch.tensor([1.0, torch.inf, 3.0, torch.nan]), torch.tensor([0, 1, 2, 3]))
-    meter.add_norm(torch.tensor(torch.inf))
-    meter.add_norm(torch.tensor(5.0))
-    assert meter.read() == {
-        "loss/train": 2.0,
-        "loss_by_t/1_least_noise": 1.0,
-        "loss_by_t/3": 3.0,
-        "optimizer/gradient_norm": 5.0,
-    }
-    meter.add_norm(torch.tensor(torch.nan))
-    assert meter.read() == {}
-
-
-# --- memory -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("batch", "passes", "advice"),
-    [
-        (16, 1, "--batch_size 8 --grad_accum_steps 2"),
-        (9, 2, "--batch_size 3 --grad_accum_steps 6"),
-        (7, 1, "--batch_size 1 --grad_accum_steps 7"),
-        (1, 4, "a smaller --unet_dim or --image_size"),
-    ],
-)
-def test_the_advice_on_memory_keeps_the_effective_batch(settings, batch, passes, advice):
-    assert advice in memory_advice(settings._replace(BATCH_SIZE=batch, GRAD_ACCUM_STEPS=passes))
-
-
-@pytest.mark.parametrize(
-    ("error", "is_memory"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
-        (RuntimeError("CUDA error: out of memory"), True),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
-        (RuntimeError("MPS backend out of memory (MPS allocated: 5.07 GB)"), True),
-        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"), True),
-        (MemoryError("std::bad_alloc"), True),
-        (RuntimeError("shape '[2]' is invalid for input of size 3"), False),
-        (ValueError("out of memory"), False),
-    ],
-)
-def test_running_out_of_memory_is_told_from_our_mistakes(error, is_memory):
-    assert is_out_of_memory(error) == is_memory

@@ -175,7 +175,8 @@ def test_killing_one_process_ends_the_others_and_resume_is_the_uninterrupted_run
 def test_a_signal_to_one_process_stops_all_after_the_same_step(run, pair, rank):
     first, second = train_all(run, 2, codes=[143, 143], setups={rank: signal_at(12, 0, "SIGTERM")}, **STEPS_50)
     assert "Stopped after step 13 of 50" in first.out
-    assert first.err == second.err == ""
+    assert [first.err, second.err][rank].strip() == "SIGTERM: finishing the step, then saving. A second Ctrl-C stops at once."
+    assert [first.err, second.err][1 - rank] == ""
     train_all(run, 2, **STEPS_50)
     assert differences(run.state(), pair.state()) == []
 
@@ -236,7 +237,7 @@ def test_one_process_alone_never_touches_torch_distributed(run):
 
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_what_is_divided_is_all_there_once(size):
-    shares = [World(rank, rank, size).mine(range(0, 13, 3)) for rank in range(size)]
+    shares = [World(rank, rank, size).shard(range(0, 13, 3)) for rank in range(size)]
     assert sorted(start for share in shares for start in share) == [0, 3, 6, 9, 12]
 
 
@@ -341,7 +342,7 @@ def torchrun(run: Runner, setup: str, *words: str, **changes) -> subprocess.Comp
 
 KILL_ONCE = """
 import os, pathlib, signal
-from src.batches import TrainBatches
+from src.dataset import TrainBatches
 draw, sign = TrainBatches.__call__, pathlib.Path("killed")
 
 def draw_and_die(self, step, micro):

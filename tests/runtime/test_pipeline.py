@@ -5,25 +5,25 @@ import torch
 from tqdm import tqdm
 
 import sample
-from src.runtime.pipeline import Artist
+from src.runtime.pipeline import Pipeline
 
 
 @pytest.mark.parametrize("is_compiled", [False, True])
 def test_a_compiled_network_meets_one_shape_and_draws_the_same_pictures(trained, is_compiled):
     checkpoint = trained.folder / "checkpoints" / "best.pth"
-    artist = Artist(
+    pipeline = Pipeline(
         sample.read_flags(["--checkpoint", str(checkpoint), "--steps", "2", "--device", "cpu", "--compile", "false"])
     )
-    plain = torch.cat([pictures for _, pictures in artist.series(0, range(5), 5, tqdm(disable=True))])
+    plain = torch.cat([pictures for _, pictures in pipeline.series(0, range(5), 5, tqdm(disable=True))])
 
-    network, sizes = artist.network, set()
+    network, sizes = pipeline.network, set()
 
     def counted(x, t, y):
         sizes.add(len(x))
         return network(x, t, y)
 
-    artist.network, artist.is_compiled = counted, is_compiled
-    numbers, pictures = zip(*artist.series(0, range(5), 2, tqdm(disable=True)))
+    pipeline.network, pipeline.is_compiled = counted, is_compiled
+    numbers, pictures = zip(*pipeline.series(0, range(5), 2, tqdm(disable=True)))
     assert [number for batch in numbers for number in batch] == [0, 1, 2, 3, 4]
     assert (torch.cat(pictures).int() - plain.int()).abs().max() <= 1  # grey level
     assert sizes == ({2} if is_compiled else {2, 1})

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from src.runtime.labels import labelled_sheet, parse_classes
-from src.utils import FlagError
+from src.runtime.pipeline import parse_classes
+from src.utils import FlagError, labelled_sheet
 
 CLASSES = ["goldfish", "Egyptian cat", "tailed frog", "bullfrog", "school bus"]
 IDS = ["n01443537", "n02124075", "n01644900", "n01641577", "n04146614"]

@@ -1,0 +1,178 @@
+"""Each swap of kernels.py against the plain module: the same values, the same gradients, the same parameters."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from src.model import Attention, Upsample
+from src.runtime.kernels import FormulaAttention, FourProductUpsample, LowPrecisionNorm, QuickNorm, speed_up, swaps
+from tests.test_model import batch, gradients, tiny
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+def swapped(module: nn.Module, quick: type) -> nn.Module:
+    other = copy.deepcopy(module)
+    other.__class__ = quick
+    return other
+
+
+def values_and_gradients(module, *inputs):
+    """The output, and the gradients of all inputs and parameters for one fixed gradient of the output."""
+    out = module(*inputs)
+    dy = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    return [out, *torch.autograd.grad(out, [*(x for x in inputs if x.requires_grad), *module.parameters()], dy)]
+
+
+def random(*shape, dtype=torch.float64, layout=torch.contiguous_format):
+    x = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return x.to(dtype).contiguous(memory_format=layout).requires_grad_()
+
+
+# --- which swaps there are --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_names_shapes_and_values_of_parameters_stay(device, dtype):
+    model = tiny(num_classes=4)
+    before = copy.deepcopy(model.state_dict())
+    speed_up(model, device, dtype)
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    found = {type(module) for module in model.modules()}
+    assert all(quick in found and plain not in found for plain, quick in swaps(device, dtype).items())
+
+
+def test_a_copy_has_weights_of_its_own():
+    """As the running average is: a copy of a network that was sped up."""
+    model, (x, t, y) = tiny(num_classes=4), batch()
+    speed_up(model, CPU, torch.bfloat16)
+    other = copy.deepcopy(model)
+    before = other(x, t, y)
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    assert torch.equal(other(x, t, y), before) and before.abs().max() > 0
+
+
+def test_in_float32_the_network_computes_the_same():
+    plain, (x, t, y) = tiny(num_classes=4), batch()
+    quick = copy.deepcopy(plain)
+    speed_up(quick, CPU, torch.float32)
+    torch.testing.assert_close(quick(x, t, y), plain(x, t, y), atol=1e-5, rtol=1e-4)
+    for name, gradient in gradients(quick, x, t, y).items():
+        torch.testing.assert_close(gradient, gradients(plain, x, t, y)[name], atol=1e-5, rtol=1e-3)
+
+
+def errors_in_bf16(network, model, exact, wanted) -> tuple[float, float]:
+    """How far the output and the gradients are from those of float32, relative."""
+    x, t, y = batch()
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = network(x, t, y)
+    out.square().mean().backward()
+    apart = sum((parameter.grad - wanted[name]).square().sum() for name, parameter in model.named_parameters())
+    size = sum(gradient.square().sum() for gradient in wanted.values())
+    return ((out - exact).norm() / exact.norm()).item(), (apart / size).sqrt().item()
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_in_bf16_the_network_is_as_near_to_float32_as_the_plain_one_compiled_or_not(backend):
+    plain = tiny(16, dim=16, num_classes=4).to(memory_format=torch.channels_last)
+    exact, wanted = plain(*batch()).detach(), gradients(plain, *batch())
+    quick = copy.deepcopy(plain)
+    speed_up(quick, CPU, torch.bfloat16)
+    network = torch.compile(quick, fullgraph=True, backend=backend) if backend else quick
+    ours, theirs = (errors_in_bf16(f, f_model, exact, wanted) for f, f_model in ((network, quick), (plain, plain)))
+    assert max(theirs) < 0.02
+    assert all(a < 1.5 * b for a, b in zip(ours, theirs)), (ours, theirs)
+
+
+def test_in_bf16_nothing_large_is_kept_in_float32_but_what_the_last_convolution_reads():
+    model, (x, t, _) = tiny(dim=32), batch(8)
+    speed_up(model, CPU, torch.bfloat16)
+    weights = {parameter.data_ptr() for parameter in model.parameters()}
+    kept = []
+
+    def pack(tensor):
+        if tensor.data_ptr() not in weights:
+            kept.append((tensor.dtype, tuple(tensor.shape)))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        model(x, t)
+    large = [(dtype, shape) for dtype, shape in kept if torch.Size(shape).numel() >= 8 * 32 * 8 * 8]
+    assert [entry for entry in large if entry[0] == torch.float32] == [(torch.float32, (8, 32, 16, 16))]
+    assert len(large) > 20
+
+
+# --- GroupNorm --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quick", [LowPrecisionNorm, QuickNorm])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("offset", [0.0, 3.0])
+def test_a_norm_is_as_near_to_float64_as_the_plain_one_and_stays_in_its_precision(quick, layout, offset):
+    norm = nn.GroupNorm(4, 16)
+    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    x = (random(3, 16, 6, 6) + offset).detach().bfloat16().contiguous(memory_format=layout).requires_grad_()
+    exact = values_and_gradients(copy.deepcopy(norm).double(), x.detach().double().requires_grad_())
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = values_and_gradients(swapped(norm, quick), x)
+    half = values_and_gradients(copy.deepcopy(norm).bfloat16(), x)
+    assert ours[0].dtype == ours[1].dtype == torch.bfloat16 and ours[0].is_contiguous(memory_format=layout)
+    errors, errors_of_half = (
+        [((a.double() - b).norm() / b.norm()).item() for a, b in zip(some, exact)] for some in (ours, half)
+    )
+    assert all(a < 1.1 * b + 1e-4 for a, b in zip(errors[:2], errors_of_half)), "the output and the gradient of x"
+    assert max(errors[2:]) < 0.01 * (1 + offset), "the gradients of weight and bias"
+
+
+def test_the_derivative_written_out_is_that_of_the_norm():
+    """In float64, where nothing rounds."""
+    x, weight, bias = random(2, 12, 3, 3, layout=torch.channels_last), random(12), random(12)
+    from src.runtime.kernels import _QuickNorm
+
+    assert torch.autograd.gradcheck(lambda *args: _QuickNorm.apply(*args, 3, 1e-5), (x, weight, bias))
+
+
+def test_a_second_derivative_is_refused_and_not_wrong():
+    norm, x = swapped(nn.GroupNorm(4, 16), QuickNorm), random(2, 16, 4, 4, dtype=torch.bfloat16, layout=torch.channels_last)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(norm(x).sum(), x, create_graph=True)
+
+
+# --- attention and up-sampling ----------------------------------------------------------------------------
+
+
+def test_attention_by_its_formula_is_attention():
+    layer = Attention(128, 8).double()
+    nn.init.normal_(layer.out.weight)
+    x = random(2, 128, 4, 4)
+    for ours, plain in zip(values_and_gradients(swapped(layer, FormulaAttention), x), values_and_gradients(layer, x)):
+        torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_up_sampling_with_four_products_is_up_sampling(layout):
+    layer = Upsample(6).double()
+    x = random(2, 6, 5, 5, layout=layout)
+    ours, plain = values_and_gradients(swapped(layer, FourProductUpsample), x), values_and_gradients(layer, x)
+    for a, b in zip(ours, plain):
+        torch.testing.assert_close(a, b)
+    assert ours[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_up_sampling_with_four_products_rounds_no_more_and_saves_5_of_9():
+    layer, x = Upsample(32), random(2, 32, 8, 8, dtype=torch.float32)
+    exact, errors, flops = layer(x), [], []
+    for module in (swapped(layer, FourProductUpsample), layer):
+        with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16):
+            errors.append((module(x) - exact).norm())
+        flops.append(counter.get_flop_counts()["Global"][torch.ops.aten.convolution])
+    assert flops[0] * 9 == flops[1] * 4
+    assert errors[0] < 1.1 * errors[1]

@@ -1,0 +1,85 @@
+"""Means of the loss, and gradients that are not finite: they reach neither the means nor the weights."""
+
+import pytest
+import torch
+from torch import nn
+
+import config
+from src.runtime.monitor import Meter
+from src.runtime.settings import resolve
+from src.utils import UserError
+from train import stop_if_not_finite
+
+CPU = torch.device("cpu")
+NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
+
+
+@pytest.fixture(scope="module")
+def settings():
+    return resolve(config, ["--dataset", "shapes", "--checkpoint_path", "./none"]).settings
+
+
+def guarded_step(gradient: float) -> tuple[Meter, nn.Parameter]:
+    """Step number 1 of the fused Adam with this gradient, as train.py makes it."""
+    weight, meter = nn.Parameter(torch.ones(3)), Meter(4, CPU)
+    optimizer = torch.optim.Adam([weight], lr=0.1, fused=True)
+    weight.grad = torch.full((3,), gradient)
+    norm = nn.utils.clip_grad_norm_([weight], 1.0)
+    optimizer.found_inf = meter.add_norm(norm, 1)
+    optimizer.step()
+    return meter, weight
+
+
+@pytest.mark.parametrize("gradient", [torch.inf, -torch.inf, torch.nan, 1e30])  # the last: its square overflows
+def test_a_step_that_is_not_finite_does_not_reach_the_weights_and_stops_the_run(settings, gradient):
+    meter, weight = guarded_step(gradient)
+    assert torch.equal(weight, torch.ones(3))
+    says = r"step 1 is not finite .*nothing was saved yet.*--learning_rate 5e-05 --accept_changes"
+    with pytest.raises(UserError, match=says):
+        stop_if_not_finite(settings, meter, NO_SCALER, 1e-4)
+
+
+def test_a_finite_step_goes_through(settings):
+    meter, weight = guarded_step(1.0)
+    assert torch.allclose(weight, torch.full((3,), 0.9))
+    stop_if_not_finite(settings, meter, NO_SCALER, 1e-4)
+
+
+def test_the_first_of_several_bad_steps_is_named(settings):
+    meter = Meter(4, CPU)
+    for step, norm in ((4, 1.0), (5, torch.nan), (6, torch.nan), (7, 1.0)):
+        meter.add_norm(torch.tensor(norm), step)
+    with pytest.raises(UserError, match="step 5 "):
+        stop_if_not_finite(settings, meter, NO_SCALER, 1e-4)
+
+
+def test_under_fp16_scaling_a_bad_step_is_skipped_and_the_scale_falls_until_there_is_no_hope(settings):
+    weight, meter, scaler = nn.Parameter(torch.ones(3)), Meter(4, CPU), torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer = torch.optim.Adam([weight], lr=0.1, fused=True)
+    for scale in (2.0, 1.0, 0.5):
+        scaler.scale(torch.ones(())).clone()  # which makes the scale
+        weight.grad = torch.full((3,), torch.inf)
+        scaler.unscale_(optimizer)
+        optimizer.found_inf = meter.add_norm(torch.tensor(torch.inf), 1)
+        scaler.step(optimizer)
+        scaler.update()
+        assert scaler.get_scale() == scale and torch.equal(weight, torch.ones(3))
+        if scale >= 1:
+            stop_if_not_finite(settings, meter, scaler, 1e-4)
+    with pytest.raises(UserError, match=r"overflow fp16 even unscaled.*--precision bf16 or fp32"):
+        stop_if_not_finite(settings, meter, scaler, 1e-4)
+
+
+def test_means_leave_out_what_is_not_finite():
+    meter = Meter(4, CPU)
+    meter.add(torch.tensor([1.0, torch.inf, 3.0, torch.nan]), torch.tensor([0, 1, 2, 3]))
+    meter.add_norm(torch.tensor(torch.inf), 1)
+    meter.add_norm(torch.tensor(5.0), 2)
+    assert meter.read() == {
+        "loss/train": 2.0,
+        "loss_by_t/1_least_noise": 1.0,
+        "loss_by_t/3": 3.0,
+        "optimizer/gradient_norm": 5.0,
+    }
+    meter.add_norm(torch.tensor(torch.nan), 3)
+    assert meter.read() == {}
