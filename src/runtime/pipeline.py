@@ -55,31 +55,37 @@ def check_drawing_flags(flags: SimpleNamespace) -> None:
         raise FlagError(f"--eta: got {flags.eta:g} with --sampler {flags.sampler}; only --sampler ddim takes it.")
 
 
-def parse_classes(words: str, classes: Sequence[str], class_ids: Sequence[str]) -> list[int]:
-    """ "goldfish,n02124075,17" -> labels; "all" -> every label. Names in any case, ids, or indices from 0.
-    Raises FlagError for a word that is none of them, with the nearest names."""
-    if words.strip().lower() == "all":
+def parse_classes(text: str, classes: Sequence[str], class_ids: Sequence[str]) -> list[int]:
+    """ "goldfish,n02124075,17" -> labels; "all" -> every label. A class is a name, an id, or an index from 0, also index:17.
+    Exact spelling goes before another case, and the whole text before its parts between commas.
+    Raises FlagError for a word that means no class, or several."""
+    is_name = text in classes or text in class_ids
+    if text.strip().lower() == "all" and not is_name:
         return list(range(len(classes)))
-    label_of = {class_id.lower(): label for label, class_id in enumerate(class_ids)}
-    for label, name in enumerate(classes):
-        label_of.setdefault(name.lower(), label)
-    labels = []
-    for word in (word.strip() for word in words.split(",")):
-        if word.lower() in label_of:
-            labels.append(label_of[word.lower()])
-        elif word.isdecimal() and int(word) < len(classes):
-            labels.append(int(word))
-        elif word.isdecimal():
-            raise FlagError(
-                f"--classes: got {word}, but the checkpoint's {len(classes)} classes have indices 0 to {len(classes) - 1}."
-            )
-        else:
-            near = difflib.get_close_matches(word.lower(), label_of, 3, cutoff=0.5)
-            parts = [name for name in label_of if word.lower() in name][:3]
-            meant = ", ".join(dict.fromkeys(near + parts))
-            advice = f"did you mean {meant}?" if meant else f"there are {', '.join(classes[:10])}, ..."
-            raise FlagError(f"--classes: the checkpoint has no class {word!r}; {advice}")
-    return labels
+    return [find_class(word, classes, class_ids) for word in ([text] if is_name else text.split(","))]
+
+
+def find_class(word: str, classes: Sequence[str], class_ids: Sequence[str]) -> int:
+    """The one label that the word means. Raises FlagError."""
+    word, count = word.strip(), len(classes)
+    number = word.removeprefix("index:")
+    index = int(number) if number.isascii() and number.isdecimal() and len(number) < 10 else -1
+    names = [(names, label) for label, pair in enumerate(zip(classes, class_ids)) for names in pair]
+    exact = {label for name, label in names if name == word}
+    found = exact or {label for name, label in names if name.lower() == word.lower()}
+    found = found | ({index} & set(range(count))) if number == word else {index} & set(range(count))
+    meanings = [f"index:{label} ({classes[label]})" for label in sorted(found)] + ["every class"] * (word.lower() == "all")
+    if len(meanings) > 1:
+        raise FlagError(f"--classes: {word!r} may mean {' or '.join(meanings)}. Name one class by its index:N.")
+    if found:
+        return found.pop()
+    if number.isdecimal():
+        raise FlagError(f"--classes: got {word}, but the checkpoint's {count} classes have indices 0 to {count - 1}.")
+    spelt = {name.lower(): name for name, _ in names}
+    near = difflib.get_close_matches(word.lower(), spelt, 3, cutoff=0.5) + [name for name in spelt if word.lower() in name][:3]
+    meant = ", ".join(spelt[name] for name in dict.fromkeys(near))
+    advice = f"did you mean {meant}?" if meant else f"there are {', '.join(classes[:10])}, ..."
+    raise FlagError(f"--classes: the checkpoint has no class {word!r}; {advice}")
 
 
 class Pipeline:
@@ -146,7 +152,8 @@ class Pipeline:
         """One batch from noise(0), [B, 3, S, S], as uint8. frames: a list that gets what denoising.gif shows of it."""
         denoiser = self.diffusion.denoiser(network or self.network, y, self.guidance)
         every = -(-self.steps // GIF_FRAMES)
-        trajectory = SAMPLERS[self.sampler](noise(0), self.diffusion.path(self.steps), denoiser, noise, self.eta)
+        path = self.diffusion.path(self.steps)
+        trajectory = self.diffusion.trajectory(self.sampler, noise(0), path, denoiser, noise, self.eta)
         for k, (x, x_0) in enumerate(trajectory, start=1):
             if frames is not None and (k % every == 0 or k == self.steps):
                 left, right = (grid(to_uint8(images[:GIF_IMAGES])) for images in (x, x_0))

@@ -38,7 +38,7 @@ def test_a_class_is_a_name_an_id_or_an_index(words, labels):
     "words, advice",
     [
         ("goldfihs", "did you mean goldfish"),
-        ("goldfish,egyptain cat", "did you mean egyptian cat"),
+        ("goldfish,egyptain cat", "did you mean Egyptian cat"),
         ("frog", "tailed frog"),  # a part of the name
         ("bus", "did you mean school bus"),
         ("zzzzzz", "there are goldfish, Egyptian cat, "),
@@ -55,20 +55,41 @@ def test_a_word_that_is_no_class_is_refused_with_the_nearest_names(words, advice
     assert refused.value.exit_code == 2
 
 
-@pytest.mark.parametrize("index", ["5", "1000000"])
+@pytest.mark.parametrize("index", ["5", "1000000", "9" * 30, "index:5"])
 def test_an_index_beyond_the_last_class_is_refused_with_the_range(index):
     with pytest.raises(FlagError, match=f"got {index}, but the checkpoint's 5 classes have indices 0 to 4"):
         parse(index)
 
 
-def test_of_two_classes_with_one_name_the_first_is_meant_and_the_id_tells_them_apart():
-    """ImageNet has such: the bird n02012849 and the machine n03126707 are both a crane."""
-    classes, ids = ["crane", "crane"], ["n02012849", "n03126707"]
-    assert parse_classes("crane", classes, ids) == [0] and parse_classes("n03126707", classes, ids) == [1]
+@pytest.mark.parametrize(
+    "classes, text, labels",
+    [
+        (["Cat", "cat", "dog"], "cat", [1]),  # exact spelling before another case
+        (["Cat", "cat", "dog"], "Cat,DOG", [0, 2]),
+        (["trout, brown", "trout"], "trout, brown", [0]),  # the whole text before its parts
+        (["trout, brown", "trout"], "trout,index:0", [1, 0]),
+        (["0", "1", "2"], "2,0", [2, 0]),  # a digit as a name, at its own index
+        (["red", "ALL"], "all", [0, 1]),
+        (["crane", "crane"], "n1,index:0", [1, 0]),
+    ],
+)
+def test_names_that_look_alike_are_told_apart(classes, text, labels):
+    assert parse_classes(text, classes, [f"n{i}" for i in range(len(classes))]) == labels
 
 
-def test_a_name_made_of_digits_is_a_name_before_it_is_an_index():
-    assert parse_classes("1,0", ["1", "0"], ["1", "0"]) == [0, 1]
+@pytest.mark.parametrize(
+    "classes, text, meanings",
+    [
+        (["crane", "crane"], "crane", "index:0 (crane) or index:1 (crane)"),  # ImageNet has such: a bird and a machine
+        (["Cat", "cAT"], "cat", "index:0 (Cat) or index:1 (cAT)"),
+        (["1", "0"], "1", "index:0 (1) or index:1 (0)"),
+        (["red", "all"], "all", "index:1 (all) or every class"),
+    ],
+)
+def test_a_word_with_several_meanings_is_refused_with_all_of_them(classes, text, meanings):
+    with pytest.raises(FlagError) as refused:
+        parse_classes(text, classes, [f"n{i}" for i in range(len(classes))])
+    assert f"{text!r} may mean {meanings}. Name one class by its index:N." in str(refused.value)
 
 
 @pytest.mark.parametrize("size", [16, 64, 128])
