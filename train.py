@@ -170,10 +170,10 @@ def end_epoch(
 
 
 def validate(s: Settings, world: World, diffusion: GaussianDiffusion, network: nn.Module, val_images: DeviceImages) -> float:
-    """Mean squared error of the predicted noise on validation images, at fixed t and noise: comparable between runs."""
+    """The mean of GaussianDiffusion.validation_losses over images, steps and noise that are always the same."""
     sums = torch.zeros(2, dtype=torch.float64)  # of the losses, of the images
     for batch in build_validation(s, val_images, world):
-        losses = diffusion.eps_losses(network, *batch).cpu()
+        losses = diffusion.validation_losses(network, *batch).cpu()
         sums += torch.stack([losses.double().sum(), torch.tensor(len(losses))])
     loss, count = world.sum(sums).tolist()
     return loss / count

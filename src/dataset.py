@@ -96,8 +96,8 @@ class DeviceImages:
             free, _ = torch.cuda.mem_get_info(self.device)
             if self.source.nbytes < free / 4:  # the rest is for weights, moments and activations
                 self.pixels = torch.empty(self.source.shape, dtype=torch.uint8, device=self.device)
-                for rows in torch.arange(len(self)).split(4096):  # in parts: the array need not fit into memory
-                    self.pixels[rows[0] : rows[-1] + 1] = self.gather(rows)
+                for start in range(0, len(self), 4096):  # in parts: the array need not fit into memory
+                    self.pixels[start : start + 4096] = torch.from_numpy(self.source[start : start + 4096].copy())
 
     def __len__(self) -> int:
         return len(self.source)
@@ -201,18 +201,24 @@ def validation_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Batch]:
-    """`count` validation images, each always with the same t and noise. They depend neither on the seed of the run nor on the
-    batch size, so runs can be compared. The steps t are spread evenly over [0, T) and dealt out at random. With several
-    processes each gets every world_size-th batch. batch_size: images per batch and process."""
-    count = min(count, len(images))
+    """`count` validation images (all if there are fewer), each with t and noise that are always the same. They depend neither
+    on the seed of the run nor on the batch size, so runs can be compared.
+
+    Few images are taken several times, until there are `count` draws, and 500 at least. The draws of an image are spread
+    evenly over [0, T), and so are all draws together. With several processes each gets every world_size-th batch.
+    batch_size: images per batch and process.
+    """
     fixed = torch.Generator().manual_seed(noise.VALIDATION)
     rows = torch.randperm(len(images), generator=fixed)[:count]  # at random: the images come class by class
-    times = (torch.arange(count) * time_steps // count)[torch.randperm(count, generator=fixed)]
-    for positions in torch.arange(count).split(batch_size)[rank::world_size]:
-        x_0, y = images.batch(rows[positions])
-        keys = noise.key(0, noise.VALIDATION, positions).to(images.device, non_blocking=True)
-        t, eps = times[positions].to(images.device, non_blocking=True), noise.normal(keys, x_0.shape[1:])
-        yield Batch(x_0, t, eps, y if has_labels else None)
+    n = len(rows)
+    rounds = -(-max(count, 500) // n)
+    deal = torch.randperm(n, generator=fixed)
+    for draws in torch.arange(rounds * n).split(batch_size)[rank::world_size]:
+        x_0, y = images.batch(rows[draws % n])
+        stretch = (draws % n + draws // n) % rounds  # of [0, T) in `rounds` parts: each image gets one t in each
+        t = ((stretch * n + deal[draws % n]) * time_steps // (rounds * n)).to(images.device, non_blocking=True)
+        keys = noise.key(0, noise.VALIDATION, draws).to(images.device, non_blocking=True)
+        yield Batch(x_0, t, noise.normal(keys, x_0.shape[1:]), y if has_labels else None)
 
 
 def test_dataset() -> None:

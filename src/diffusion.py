@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from src.samplers import SAMPLERS, Denoiser, Step
+from src.samplers import SAMPLERS, Denoiser, Noise, Step, Trajectory
 
 Model = Callable[..., Tensor]  # model(x_t, t, y) -> [B, 3, S, S]; t: [B] int64; y: [B] int64 or None
 
@@ -167,6 +167,12 @@ class GaussianDiffusion(nn.Module):
         eps = self.to_eps(model(x_t, t, y).float(), x_t, t)
         return (eps - noise).square().flatten(1).mean(1)
 
+    def validation_losses(self, model: Model, x_0: Tensor, t: Tensor, noise: Tensor, y: Tensor | None = None) -> Tensor:
+        """The same times min(1, 5 / SNR), so that the least noisy steps do not rule the mean: there a small error of x_0 is a
+        large one of eps (the min-SNR weight of arXiv:2303.09556 with gamma 5, whatever the run trains with). Returns [B]."""
+        snr = (self.signal / self.sigma).square()
+        return self.eps_losses(model, x_0, t, noise, y) * (5 / snr).clamp(max=1).to(t.device)[t]
+
     # --- reverse process: Alg. 2 and its faster relatives in samplers.py ---------------------------------
 
     def path(self, steps: int | None = None) -> list[Step]:
@@ -192,9 +198,24 @@ class GaussianDiffusion(nn.Module):
                 unconditional = model(x_t, ts, None)
                 prediction = unconditional + guidance * (model(x_t, ts, y) - unconditional)
             x_0 = self.to_x_0(prediction.float(), x_t, ts)
-            return x_0.clamp(-1, 1) if clip_denoised else x_0  # before the mean: afterwards it would change nothing
+            if clip_denoised:  # before the mean: afterwards it would change nothing
+                x_0 = torch.where(x_0.isfinite(), x_0.clamp(-1, 1), math.nan)  # and infinity stays a fault
+            return x_0
 
         return predict_x_0
+
+    def trajectory(
+        self, sampler: str, x_T: Tensor, path: list[Step], denoiser: Denoiser, noise: Noise, eta: float
+    ) -> Trajectory:
+        """The states (x_s, x_0) of a sampler, step by step. Raises FloatingPointError behind the last one if a prediction was
+        not finite: only there does it wait for the device."""
+        finite = []
+        for x, x_0 in SAMPLERS[sampler](x_T, path, denoiser, noise, eta):
+            finite.append(x_0.isfinite().all())
+            yield x, x_0
+        if False in (was_finite := torch.stack(finite).tolist()):
+            k = was_finite.index(False)
+            raise FloatingPointError(f"The network's prediction is not finite in step {k + 1} of {len(path)} (t = {path[k].t})")
 
     @torch.no_grad()
     def sample(
@@ -218,7 +239,8 @@ class GaussianDiffusion(nn.Module):
         noise: x_T, or a function whose value at k = 0 is x_T and at k = 1, 2, ... the fresh noise of step k.
         generator: for the noise that `noise` does not give.   y: [B] int64 labels or None.   guidance: 1 follows the label,
         0 ignores it, more than 1 exaggerates it and needs two network calls a step.   clip_denoised: clip each predicted
-        x_0 to [-1, 1].   Returns [B, 3, S, S] float32. Raises ValueError for an option that is not allowed.
+        x_0 to [-1, 1].   Returns [B, 3, S, S] float32.
+        Raises ValueError for an option that is not allowed, FloatingPointError if a prediction is not finite.
         """
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler is {sampler!r}, expected one of {', '.join(SAMPLERS)}")
@@ -232,7 +254,7 @@ class GaussianDiffusion(nn.Module):
             return torch.randn(shape, generator=generator, device=generator.device if generator else device).to(device)
 
         path, x = self.path(steps), noise if isinstance(noise, Tensor) else fresh(0)
-        states = SAMPLERS[sampler](x, path, self.denoiser(model, y, guidance, clip_denoised), fresh, eta)
+        states = self.trajectory(sampler, x, path, self.denoiser(model, y, guidance, clip_denoised), fresh, eta)
         with eval_mode(model):
             for x, _ in tqdm(states, total=len(path), desc=sampler, unit="step", disable=not progress):  # noqa: B007
                 pass

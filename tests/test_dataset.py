@@ -61,11 +61,28 @@ def test_labels_are_hidden_as_often_as_label_dropout_says():
     assert (y == -1).float().mean().item() == pytest.approx(0.3, abs=0.03)
 
 
+def validation(**options) -> list[torch.Tensor]:
+    """x_0, t, eps, y of all validation batches."""
+    options = dict(count=20, batch_size=7, has_labels=True) | options
+    return [torch.cat(parts) for parts in zip(*validation_batches(numbered(), **options))]
+
+
 def test_validation_batches_do_not_depend_on_the_batch_size():
-    lists = [list(validation_batches(numbered(), count=20, batch_size=size, has_labels=True)) for size in (4, 7)]
-    one, other = ([torch.cat(parts) for parts in zip(*batches)] for batches in lists)
-    assert same(one, other)
-    assert sorted(one[1].tolist()) == [i * 1000 // 20 for i in range(20)], "times are not spread evenly"
+    assert same(validation(batch_size=4), validation(batch_size=7))
+
+
+@pytest.mark.parametrize("count, draws", [(20, 500), (25, 500), (2000, 2000), (7, 504)])
+def test_few_validation_images_are_drawn_at_many_steps_each_and_all_steps_evenly(count, draws):
+    _, t, eps, y = validation(count=count)
+    n = min(count, 25)
+    rounds = draws // n
+    assert len(t) == draws and len(y.unique()) == n
+    assert t.sort().values.tolist() == [k * 1000 // draws for k in range(draws)], "all draws are spread evenly"
+    for label in y.unique():
+        middles = (torch.arange(rounds) + 0.5) * 1000 / rounds
+        off = (t[y == label].sort().values - middles).abs()
+        assert off.max() <= 500 / rounds + 1, "one step in each part of [0, T)"
+    assert len(eps.flatten(1).unique(dim=0)) == draws, "each draw has noise of its own"
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

@@ -296,6 +296,23 @@ def test_eps_losses_compare_networks_that_predict_different_things():
         torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+def test_no_step_rules_the_validation_loss(prediction, schedule):
+    """A network that errs by a tenth everywhere: unweighted, the first 1% of the steps would be nearly all of x0's loss."""
+    diffusion, t = GaussianDiffusion(1000, schedule, prediction), torch.arange(1000)
+    x_0, noise = torch.rand(1000, 3, 2, 2) * 2 - 1, torch.randn(1000, 3, 2, 2)
+
+    def network(x_t, t, y):
+        return diffusion.target(x_0, t, noise) + 0.1
+
+    weighted, plain = (losses(network, x_0, t, noise) for losses in (diffusion.validation_losses, diffusion.eps_losses))
+    assert weighted[:10].sum() < 0.08 * weighted.sum() and weighted.max() < 0.01 * weighted.sum()
+    assert prediction != "x0" or plain[:10].sum() > 0.7 * plain.sum()
+    snr = diffusion.alphas_cumprod / (1 - diffusion.alphas_cumprod)
+    torch.testing.assert_close(weighted, plain * torch.minimum(torch.ones(1000).double(), 5 / snr).float())
+
+
 def test_the_gradient_reaches_the_network_from_the_training_loss_alone():
     diffusion, network = GaussianDiffusion(), nn.Conv2d(3, 3, 1)
     x_0, t, noise = draw_batch(diffusion)

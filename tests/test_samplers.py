@@ -517,6 +517,22 @@ def test_what_cannot_be_is_refused_with_what_can(options, sentence):
         GaussianDiffusion(100).sample(wavy, SHAPE, **options)
 
 
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("clip_denoised", [True, False])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_prediction_that_is_not_finite_is_an_error_that_names_the_step(sampler, clip_denoised, value):
+    """Clipping would make white of infinity, and rounding black of what is no number."""
+
+    def overflows_below_half(x, t, y):
+        eps = wavy(x, t)
+        eps[0, 0, 0, 0] = torch.where(t[0] < 50, value, eps[0, 0, 0, 0])
+        return eps
+
+    options = dict(sampler=sampler, steps=4, clip_denoised=clip_denoised)
+    with pytest.raises(FloatingPointError, match=r"not finite in step 3 of 4 \(t = 49\)"):
+        GaussianDiffusion(100).sample(overflows_below_half, SHAPE, **options)
+
+
 def test_a_progress_bar_is_shown_where_asked_for(capsys):
     GaussianDiffusion(100).sample(wavy, SHAPE, sampler="ddim", steps=3)
     assert capsys.readouterr().err == ""

@@ -131,19 +131,20 @@ TORCHRUN = "Start several processes with torchrun (docs/scaling.md). For one pro
 
 
 def from_environment() -> World:
-    """Which process this is, as torchrun says. Clusters also set some of these names, empty or to 1, for a single process.
-    Raises UserError where several processes are announced and the rest is missing."""
-    numbers: dict[str, int] = {}
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
-        text = os.environ.get(name, "").strip()
-        if name != "WORLD_SIZE" and not text and numbers["WORLD_SIZE"] > 1:
-            raise UserError(f"WORLD_SIZE is {numbers['WORLD_SIZE']}, but {name} is not set. {TORCHRUN}")
-        if text and not text.isdecimal():
-            raise UserError(f"The environment has {name}={text!r}, expected a number. {TORCHRUN}")
-        numbers[name] = int(text or (name == "WORLD_SIZE"))
-    if numbers["WORLD_SIZE"] <= 1:
+    """Which process this is, as torchrun says. Clusters also set some of these names for a single process: empty, or to 1.
+    Raises UserError if several processes are announced and something is missing or no number."""
+    found = {name: os.environ.get(name, "").strip() for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")}
+    if found["WORLD_SIZE"] in ("", "0", "1"):
         return World()
-    return World(numbers["RANK"], numbers["LOCAL_RANK"], numbers["WORLD_SIZE"])
+    for name, text in {**found, "MASTER_ADDR": os.environ.get("MASTER_ADDR", "")}.items():
+        if not text:
+            raise UserError(f"WORLD_SIZE is {found['WORLD_SIZE']}, but {name} is not set. {TORCHRUN}")
+        if name in found and not text.isdecimal():
+            raise UserError(f"The environment has {name}={text}, expected a number. {TORCHRUN}")
+    size, rank, local_rank, _ = map(int, found.values())
+    if not rank < size:
+        raise UserError(f"The environment has RANK={rank}, expected a number below WORLD_SIZE={size}. {TORCHRUN}")
+    return World(rank, local_rank, size)
 
 
 def lost_contact(error: BaseException) -> bool:

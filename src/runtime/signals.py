@@ -1,6 +1,7 @@
 """Ctrl-C, SIGTERM and a closed terminal stop a run where nothing is lost, and how the scripts end."""
 
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -93,7 +94,8 @@ def run_script(name: str, body: Callable[[StopRequest], None], out_of_memory: Ca
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large memory pages: 12% of a training step on a CPU
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names that the terminal cannot print
+        if isinstance(stream, io.TextIOWrapper):  # not so in a notebook
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot print
     with StopRequest() as stop:
         try:
             body(stop)
@@ -109,6 +111,8 @@ def run_script(name: str, body: Callable[[StopRequest], None], out_of_memory: Ca
                 message, code = "Another process of this job is gone; its own message says why. Files are as last saved.", 1
             else:
                 raise
+        except FloatingPointError as error:
+            message, code = f"{error}. Try --precision fp32; if that does not help, the weights are damaged or diverged.", 1
         except KeyboardInterrupt:
             message, code = stopped, stop.exit_code or 130
         rank = int(os.environ.get("RANK") or 0)

@@ -17,6 +17,7 @@ from PIL import Image
 from src.evaluation.features import load_features
 from src.evaluation.picture_set import PictureSet
 from src.runtime.distributed import World
+from src.utils import UserError
 from tests.runs import ROOT, Process, Runner, differences, ended, same, signal_at
 
 # Ten epochs of 5 steps, 16 images each, a point of the curves after every step.
@@ -377,3 +378,51 @@ def test_torchrun_without_restarts_ends_within_a_minute_and_says_which_process_d
     assert "SIGKILL" in done.stderr
     assert run.state()["step"] == 30
     assert same(run.state()["config"], run.state("epoch_005")["config"])
+
+
+# --- what a cluster's environment may hold ----------------------------------------------------------------
+
+JOB = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+def set_environment(monkeypatch, values: dict[str, str | None]) -> None:
+    for name in JOB:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in values.items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
+
+
+ALONE = [{}, {"WORLD_SIZE": "1"}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "0"}, {"RANK": "3"}]
+
+
+@pytest.mark.parametrize("values", [*ALONE, {"WORLD_SIZE": "1", "RANK": "", "MASTER_PORT": "x"}])
+def test_one_process_is_one_process_whatever_else_a_cluster_sets(monkeypatch, values):
+    set_environment(monkeypatch, values)
+    with World.join() as world:
+        assert world == World() and world.is_main
+
+
+@pytest.mark.parametrize("name", JOB)
+@pytest.mark.parametrize("value", [None, "", "x", "-1"])
+def test_several_processes_with_a_name_missing_or_no_number_are_refused_in_a_sentence(monkeypatch, name, value):
+    if (name == "WORLD_SIZE" and not value) or (name == "MASTER_ADDR" and value):
+        return
+    set_environment(monkeypatch, JOB | {name: value})
+    with pytest.raises(UserError, match=rf"{name}.*Start several processes with torchrun.*unset WORLD_SIZE"), World.join():
+        pass
+
+
+def test_a_rank_beyond_the_last_is_refused(monkeypatch):
+    set_environment(monkeypatch, JOB | {"RANK": "2"})
+    with pytest.raises(UserError, match="RANK=2, expected a number below WORLD_SIZE=2"), World.join():
+        pass
+
+
+def test_a_busy_port_is_told_as_a_busy_port(monkeypatch):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        set_environment(monkeypatch, JOB | {"MASTER_PORT": str(server.getsockname()[1])})
+        with pytest.raises(UserError, match=r"cannot meet at 127.0.0.1:\d+: the port is in use"), World.join():
+            pass

@@ -275,6 +275,34 @@ def memory_for_one(run):
     return run.start_train(GPU_IS_FULL, BATCH_SIZE=1).wait()
 
 
+OVERFLOW = """
+import torch
+from src.model import UNet
+forward = UNet.forward
+UNet.forward = lambda self, x, t, y=None: forward(self, x, t, y) + (0 if self.training or t[0] > 30 else torch.inf)
+"""
+
+
+@fault("The network overflows in a preview")
+def overflow_in_preview(run):
+    before = saved_run(run)
+    process = run.start_train(
+        OVERFLOW + "from src.diffusion import GaussianDiffusion as D; D.eps_losses = D.training_losses"
+    ).wait()
+    kept(run, before)
+    assert not run.files("*.png")
+    return process
+
+
+@fault("The network overflows while drawing")
+def overflow_while_drawing(run, trained):
+    checkpoint = trained.folder / "checkpoints" / "best.pth"
+    words = ["--checkpoint", checkpoint, "--num_samples", 3, "--output_dir", "drawn", "--device", "cpu"]
+    process = run.start("sample.py", *words, setup=OVERFLOW).wait()
+    assert not run.files("*.png")
+    return process
+
+
 @fault("Out of memory while drawing")
 def memory_while_drawing(run, trained):
     checkpoint = trained.folder / "checkpoints" / "best.pth"

@@ -1,0 +1,97 @@
+"""Signals: met where nothing is lost, told at once, and left alone where they are not ours."""
+
+import contextlib
+import os
+import signal
+import threading
+
+import pytest
+
+from src.runtime.distributed import World
+from src.runtime.signals import StopRequest, run_script
+from src.utils import FlagError, UserError
+
+
+def send(name: str) -> None:
+    os.kill(os.getpid(), getattr(signal, name))
+
+
+def test_outside_a_task_a_signal_raises_at_once():
+    with pytest.raises(KeyboardInterrupt), StopRequest():
+        send("SIGTERM")
+
+
+def test_inside_a_task_it_waits_and_says_once_what_for(capfd):
+    with StopRequest() as stop, stop.postponed("step"):
+        with stop.postponed("validation"):
+            send("SIGTERM")
+            send("SIGTERM")
+        assert stop.agree(World()) and stop.exit_code == 143
+    assert capfd.readouterr().err.strip() == "SIGTERM: finishing the validation, then saving. A second Ctrl-C stops at once."
+
+
+def test_a_second_ctrl_c_raises(capfd):
+    with pytest.raises(KeyboardInterrupt), StopRequest() as stop, stop.postponed("step"):
+        send("SIGINT")
+        send("SIGINT")
+    assert stop.exit_code == 130
+
+
+def test_a_signal_that_the_block_swallowed_is_raised_at_its_end():
+    swallowed = contextlib.suppress(KeyboardInterrupt)  # as a destructor does
+    with pytest.raises(KeyboardInterrupt), StopRequest() as stop, stop.postponed("step"), stop.at_once(), swallowed:
+        send("SIGTERM")
+
+
+def test_handlers_are_put_back_and_ignored_signals_stay_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop, stop.postponed("step"):
+            send("SIGHUP")
+            assert stop.signal is None
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_in_another_thread_no_handler_is_touched():
+    """As in a notebook's worker or a web service: Python allows handlers in the main thread alone."""
+    before, codes = signal.getsignal(signal.SIGTERM), []
+
+    def body(stop: StopRequest) -> None:
+        assert signal.getsignal(signal.SIGTERM) is before
+        with stop.postponed("step"), stop.at_once():
+            pass
+
+    thread = threading.Thread(target=lambda: codes.append(run_script("train.py", body, str, "stopped")))
+    thread.start()
+    thread.join(60)
+    assert codes == [0] and signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(
+    "error, code, says",
+    [
+        (UserError("Fix it."), 1, "train.py: Fix it."),
+        (FlagError("--flag: got 1."), 2, "train.py: --flag: got 1."),
+        (ModuleNotFoundError("x", name="tensorboard"), 1, "train.py: tensorboard is not installed."),
+        (MemoryError(), 1, "train.py: Less memory, please."),
+        (FloatingPointError("The prediction is not finite in step 3"), 1, "in step 3. Try --precision fp32"),
+        (KeyboardInterrupt(), 130, "train.py: Stopped."),
+    ],
+)
+def test_what_the_user_can_fix_ends_in_one_sentence_and_an_exit_code(capfd, error, code, says):
+    def body(stop: StopRequest) -> None:
+        raise error
+
+    assert run_script("train.py", body, lambda: "Less memory, please.", "Stopped.") == code
+    said = capfd.readouterr().err
+    assert says in said and len(said.splitlines()) == 1
+
+
+def test_a_bug_of_ours_is_a_traceback():
+    def body(stop: StopRequest) -> None:
+        raise RuntimeError("shape mismatch")
+
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        run_script("train.py", body, str, "")
