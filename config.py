@@ -30,9 +30,7 @@ ACTIVATION_CHECKPOINTING = False  # recompute blocks: less memory, a third more 
 # --- diffusion --------------------------------------------------------------------------------------
 TIME_STEPS = 1000  # T, steps in the chain (DDPM, sec. 4); costs ancestral sampling time, not training time
 BETA_SCHEDULE = "linear"  # variance of the noise added per step: linear (DDPM, sec. 4) or cosine (iDDPM, eq. 17)
-PREDICTION = (
-    "eps"  # what the network predicts: eps, the noise (DDPM, eq. 14); v (arXiv:2202.00512, app. D); x0, the clean image
-)
+PREDICTION = "eps"  # the network predicts eps, the noise (DDPM, eq. 14); v (arXiv:2202.00512, app. D); or x0, the clean image
 MIN_SNR_GAMMA = 0.0  # caps the weight of easy, low-noise steps (arXiv:2303.09556, which takes 5); 0 is off
 
 # --- training ---------------------------------------------------------------------------------------

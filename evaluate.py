@@ -12,9 +12,10 @@ import json
 import shlex
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,9 +31,9 @@ from src.evaluation.picture_set import PictureSet, write_npz
 from src.evaluation.report import Evaluation, say, show
 from src.runtime.build import build_validation
 from src.runtime.distributed import World
-from src.runtime.flags import NOT_NEGATIVE, TRUTH, FlagParser, text, whole
+from src.runtime.flags import PATH, TRUTH, FlagParser, Kind, number, text, whole
 from src.runtime.pipeline import add_drawing_flags, check_drawing_flags, duration
-from src.runtime.settings import RULES
+from src.runtime.settings import KINDS
 from src.runtime.signals import StopRequest, run_script
 from src.utils import FlagError, UserError, atomic_file, labelled_sheet, save_png, writing
 
@@ -40,64 +41,69 @@ LOSS_BINS = 20
 SHEET_ROWS, SHEET_NEIGHBOURS = 32, 5  # of the sheet of nearest training pictures
 
 
-def read_flags(argv: Sequence[str]) -> SimpleNamespace:
+def read_flags(argv: Sequence[str]) -> Namespace:
     """The flags, each checked by itself. Raises FlagError."""
     parser = FlagParser(
         "evaluate.py",
         usage="python evaluate.py [--checkpoint PATH] [--fid] [--nll] [--loss] [--nearest] [--flag VALUE ...]",
         description="Measure a checkpoint. Without --fid, --nll, --loss or --nearest it does what --fid does.",
     )
-    path = text("a path", r".*\S.*", "PATH")
-    source = text("train, val, a folder of pictures or an .npz", r".*\S.*", "SOURCE")
-    what = parser.add_argument_group("what to measure")
-    for flag, rule, comment, default in [
-        ("--checkpoint", path, "the checkpoint to measure (default: checkpoints/best.pth)", "checkpoints/best.pth"),
-        ("--fid", TRUTH, "FID, KID, Inception Score, precision and recall of drawn pictures", False),
-        ("--nll", TRUTH, "the variational bound on held-out pictures, in bits per dimension", False),
-        ("--loss", TRUTH, "the held-out loss of the noise by t, on the pictures, t and noise of train.py", False),
-        ("--nearest", whole(1)._replace(bare=16), "the training pictures nearest to the first N drawn (alone: 16)", None),
-    ]:
-        parser.add(flag, rule, comment, what, default)
-    distribution = parser.add_argument_group("--fid and --nearest")
-    for flag, rule, comment, default in [
-        ("--num_samples", whole(1), "pictures to draw (default: 10000)", 10_000),
-        ("--samples", source, "measure these instead of drawn ones: train, val, a folder or an .npz", None),
-        ("--reference", source, "what to compare with: train, val, a folder or an .npz (default: train)", "train"),
-        ("--features", text("the name of a network or a file of weights", r".*\S.*", "NAME"),
-         "network: inception, a file of Inception weights, random (no download), vgg16, ... (default: inception)", None),
-        ("--kid_subset_size", whole(2), "pictures in each of KID's 100 subsets (default: 1000)", 1000),
-        ("--seed", RULES["SEED"], "which series of pictures; of --nll, which t and noise (default: 0)", 0),
-        ("--classes", text("names, ids or indices, separated by commas, or all", r".*\S.*", "NAMES"),
-         "classes to draw, in turn (default: all)", "all"),
-        ("--guidance", NOT_NEGATIVE, "1 follows the class, 0 ignores it, more exaggerates it (default: 1)", 1.0),
-    ]:  # fmt: skip
-        parser.add(flag, rule, comment, distribution, default)
-    bound = parser.add_argument_group("--nll and --loss")
-    parser.add("--val_images", whole(2), "held-out pictures (default: VAL_IMAGES of the checkpoint)", bound, None)
-    parser.add("--nll_steps", whole(1), "steps t drawn for each picture (default: 20)", bound, None)
-    parser.add("--exact", TRUTH, "every step t for each picture instead", bound, False)
-    add_drawing_flags(parser, parser.add_argument_group("how"))
-    where = parser.add_argument_group("where")
-    for flag, rule, comment, default in [
-        (
-            "--output_dir",
-            path,
-            "folder of the JSON with figures and protocol (default: outputs/evaluation)",
-            "outputs/evaluation",
-        ),
-        ("--npz", TRUTH, "also the drawn pictures, as arr_0, uint8 [N, H, W, 3]", False),
-        ("--data_path", path, "where the checkpoint's dataset is (default: DATA_PATH of the checkpoint)", None),
-        ("--cache_path", path, "where decoded pictures and features are kept (default: CACHE_PATH of the checkpoint)", None),
-        ("--log_path", path, "TensorBoard folder of the curves by t (default: LOG_PATH of the checkpoint)", None),
-    ]:
-        parser.add(flag, rule, comment, where, default)
-    flags = SimpleNamespace(**parser.parse(argv), command=shlex.join(["python", "evaluate.py", *argv]))
+    source = PATH | {"metavar": "SOURCE"}
+    names = text("names, ids or indices, separated by commas, or all", r".*\S.*", "NAMES")
+    Flags = list[tuple[str, Kind, Any, str]]
+    what: Flags = [
+        ("--checkpoint", PATH, "checkpoints/best.pth", "the checkpoint to measure (default: checkpoints/best.pth)"),
+        ("--fid", TRUTH, False, "FID, KID, Inception Score, precision and recall of drawn pictures"),
+        ("--nll", TRUTH, False, "the variational bound on held-out pictures, in bits per dimension"),
+        ("--loss", TRUTH, False, "the held-out loss of the noise by t, on the pictures, t and noise of train.py"),
+        ("--nearest", whole(1, 1_000_000) | {"nargs": "?", "const": 16}, None,
+         "the training pictures nearest to the first N drawn (alone: 16)"),
+    ]  # fmt: skip
+    distribution: Flags = [
+        ("--num_samples", whole(1, 1_000_000), 10_000, "pictures to draw (default: 10000)"),
+        ("--samples", source, None, "measure these instead of drawn ones: train, val, a folder or an .npz"),
+        ("--reference", source, "train", "what to compare with: train, val, a folder or an .npz (default: train)"),
+        ("--features", PATH | {"metavar": "NAME"}, None,
+         "network: inception, a file of Inception weights, random (no download), vgg16, ... (default: inception)"),
+        ("--kid_subset_size", whole(2, 1_000_000), 1000, "pictures in each of KID's 100 subsets (default: 1000)"),
+        ("--seed", KINDS["SEED"], 0, "which series of pictures; of --nll, which t and noise (default: 0)"),
+        ("--classes", names, "all", "classes to draw, in turn (default: all)"),
+        ("--guidance", number(0, 100), 1.0, "1 follows the class, 0 ignores it, more exaggerates it (default: 1)"),
+    ]  # fmt: skip
+    bound: Flags = [
+        ("--val_images", whole(2), None, "held-out pictures (default: VAL_IMAGES of the checkpoint)"),
+        ("--nll_steps", whole(1, 100_000), None, "steps t drawn for each picture (default: 20)"),
+        ("--exact", TRUTH, False, "every step t for each picture instead"),
+    ]
+    where: Flags = [
+        ("--output_dir", PATH, "outputs/evaluation",
+         "folder of the JSON with figures and protocol (default: outputs/evaluation)"),
+        ("--npz", TRUTH, False, "also the drawn pictures, as arr_0, uint8 [N, H, W, 3]"),
+        ("--data_path", PATH, None, "where the checkpoint's dataset is (default: DATA_PATH of the checkpoint)"),
+        ("--cache_path", PATH, None, "where decoded pictures and features are kept (default: CACHE_PATH of the checkpoint)"),
+        ("--log_path", PATH, None, "TensorBoard folder of the curves by t (default: LOG_PATH of the checkpoint)"),
+    ]  # fmt: skip
+    groups = {
+        "what to measure": what,
+        "--fid and --nearest": distribution,
+        "--nll and --loss": bound,
+        "how": [],
+        "where": where,
+    }
+    for title, listed in groups.items():
+        group = parser.add_argument_group(title)
+        for flag, kind, default, comment in listed:
+            group.add_argument(flag, **kind, default=default, help=comment)
+        if title == "how":
+            add_drawing_flags(group)
+    flags = parser.parse(argv)
+    flags.command = shlex.join(["python", "evaluate.py", *argv])
     flags.fid = flags.fid or not (flags.nll or flags.loss or flags.nearest)
     check_flags(flags)
     return flags
 
 
-def check_flags(flags: SimpleNamespace) -> None:
+def check_flags(flags: Namespace) -> None:
     """What cannot be asked for together."""
     check_drawing_flags(flags)
     for flag, is_given in (("--exact", flags.exact), ("--nll_steps", flags.nll_steps is not None)):
@@ -234,7 +240,7 @@ def measure_loss(ev: Evaluation) -> dict[str, Any]:
     artist = ev.artist
     assert artist
     s = artist.settings
-    s = s._replace(VAL_IMAGES=ev.flags.val_images or s.VAL_IMAGES)
+    s = replace(s, VAL_IMAGES=ev.flags.val_images or s.VAL_IMAGES)
     images = DeviceImages(ev.split("val"), artist.device)
     count = min(s.VAL_IMAGES, len(images))
     seconds = artist.seconds_per_call(count, ev.flags.batch_size) * count / ev.world.size
@@ -340,7 +346,7 @@ def nearest_sheet(samples: PictureSet, train: PictureSet, hits: Any, unit: float
 # --- the script -----------------------------------------------------------------------------------------
 
 
-def evaluate(flags: SimpleNamespace, world: World) -> None:
+def evaluate(flags: Namespace, world: World) -> None:
     ev = Evaluation(flags, world)
     for name, value in ev.report["protocol"].items():
         say(name, value)

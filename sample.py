@@ -9,9 +9,10 @@ import csv
 import io
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,57 +22,66 @@ from tqdm import tqdm
 from src.noise import PictureNoise, slerp
 from src.runtime.device import describe
 from src.runtime.distributed import World
-from src.runtime.flags import NOT_NEGATIVE, TRUTH, FlagParser, text, whole
+from src.runtime.flags import PATH, TRUTH, FlagParser, Kind, kind, number, text, whole
 from src.runtime.pipeline import Pipeline, add_drawing_flags, check_drawing_flags, duration
-from src.runtime.settings import RULES
+from src.runtime.settings import KINDS
 from src.runtime.signals import StopRequest, run_script
 from src.utils import FlagError, UserError, atomic_file, grid, labelled_sheet, make_folder, save_gif, save_png, writing
 
 GRID_PICTURES = 256  # the most that grid.png shows
 
 
-def read_flags(argv: Sequence[str]) -> SimpleNamespace:
+def read_ends(value: str) -> str | list[tuple[int | None, int]]:
+    """ "3,7" or "5:3,6:7" to [(seed or None, index), ...]; "next" stays."""
+    ends = [end.split(":") for end in value.split(",")]
+    if value == "next":
+        return value
+    if [len(end) in (1, 2) for end in ends] != [True, True]:
+        raise ValueError
+    return [(KINDS["SEED"]["type"](end[0]) if len(end) == 2 else None, INDEX["type"](end[-1])) for end in ends]
+
+
+INDEX = whole(0)
+ENDS = kind("two pictures, as 3,7 or as seed:index,seed:index", read_ends, bool, metavar="A,B", nargs="?", const="next")
+
+
+def read_flags(argv: Sequence[str]) -> Namespace:
     """The flags, each checked by itself. Raises FlagError."""
     parser = FlagParser(
         "sample.py",
         usage="python sample.py [--checkpoint PATH] [--flag VALUE ...]",
         description="Draw pictures from a checkpoint. Picture i follows from the checkpoint, the settings, --seed and i alone.",
     )
-    path = text("a path", r".*\S.*", "PATH")
-    ends = text("two pictures, as 3,7 or as seed:index,seed:index", r"\d+(:\d+)?,\d+(:\d+)?|next", "A,B")._replace(bare="next")
+    names = text("names, ids or indices, separated by commas, or all", r".*\S.*", "NAMES")
     what = parser.add_argument_group("what to draw")
-    for flag, rule, comment, default in [
-        ("--checkpoint", path, "the checkpoint to draw from", "checkpoints/best.pth"),
-        ("--num_samples", whole(1), "how many pictures", 64),
-        ("--seed", RULES["SEED"], "which series of pictures", 0),
-        ("--start_index", whole(0), "number of the first picture, to draw a later part of the same series", 0),
-        ("--classes", text("names, ids or indices, separated by commas, or all", r".*\S.*", "NAMES"),
-         "names, ids or indices of classes, separated by commas, or all; pictures take them in turn", "all"),
-        ("--guidance", NOT_NEGATIVE, "1 follows the class, 0 ignores it, 2 to 4 exaggerate it at twice the cost", 1.0),
-        ("--interpolate", ends, "walk from the first picture to the next, or from A to B, each an index or seed:index", None),
-        ("--interp_steps", whole(2), "pictures on that walk, both ends counted", 10),
-    ]:  # fmt: skip
-        parser.add(flag, rule, comment + (f" (default: {default})" if default is not None else ""), what, default)
-    add_drawing_flags(parser, parser.add_argument_group("how"))
+    flags: list[tuple[str, Kind, Any, str]] = [
+        ("--checkpoint", PATH, "checkpoints/best.pth", "the checkpoint to draw from (default: checkpoints/best.pth)"),
+        ("--num_samples", whole(1, 1_000_000), 64, "how many pictures (default: 64)"),
+        ("--seed", KINDS["SEED"], 0, "which series of pictures (default: 0)"),
+        ("--start_index", INDEX, 0, "number of the first picture, to draw a later part of the same series (default: 0)"),
+        ("--classes", names, "all", f"{names['type'].__name__}; pictures take them in turn (default: all)"),
+        ("--guidance", number(0, 100), 1.0,
+         "1 follows the class, 0 ignores it, 2 to 4 exaggerate it at twice the cost (default: 1.0)"),
+        ("--interpolate", ENDS, None, "walk from the first picture to the next, or from A to B, each an index or seed:index"),
+        ("--interp_steps", whole(2, 10_000), 10, "pictures on that walk, both ends counted (default: 10)"),
+    ]  # fmt: skip
+    for flag, its_kind, default, comment in flags:
+        what.add_argument(flag, **its_kind, default=default, help=comment)
+    add_drawing_flags(parser.add_argument_group("how"))
     where = parser.add_argument_group("what to write")
-    parser.add(
-        "--output_dir",
-        path,
-        "folder for 000000.png, ..., grid.png, labels.csv (default: outputs/pictures)",
-        where,
-        "outputs/pictures",
-    )
-    parser.add("--npz", TRUTH, "also samples.npz, all pictures as arr_0, uint8 [N, H, W, 3]", where, False)
-    parser.add("--gif", TRUTH, "also denoising.gif: x_t and the predicted x_0 side by side", where, False)
-    parser.add("--overwrite", TRUTH, "replace what is there already", where, False)
-    flags = SimpleNamespace(**parser.parse(argv))
-    check_drawing_flags(flags)
-    if flags.interpolate and (flags.sampler.startswith("ddpm") or flags.eta):
+    comment = "folder for 000000.png, ..., grid.png, labels.csv (default: outputs/pictures)"
+    where.add_argument("--output_dir", **PATH, default="outputs/pictures", help=comment)
+    where.add_argument("--npz", **TRUTH, default=False, help="also samples.npz, all pictures as arr_0, uint8 [N, H, W, 3]")
+    where.add_argument("--gif", **TRUTH, default=False, help="also denoising.gif: x_t and the predicted x_0 side by side")
+    where.add_argument("--overwrite", **TRUTH, default=False, help="replace what is there already")
+    chosen = parser.parse(argv)
+    check_drawing_flags(chosen)
+    if chosen.interpolate and (chosen.sampler.startswith("ddpm") or chosen.eta):
         raise FlagError("--interpolate: needs a sampler without randomness; allowed are dpm++, and ddim with --eta 0.")
-    return flags
+    return chosen
 
 
-def draw_series(pipeline: Pipeline, flags: SimpleNamespace, bar: tqdm, frames: list | None, save: Callable) -> Tensor:
+def draw_series(pipeline: Pipeline, flags: Namespace, bar: tqdm, frames: list | None, save: Callable) -> Tensor:
     """Pictures start_index, start_index + 1, ... of the series, each saved as NUMBER.png. [N, 3, S, S] uint8."""
     drawn = torch.zeros(flags.num_samples, *pipeline.shape, dtype=torch.uint8)
     indices = range(flags.start_index, flags.start_index + flags.num_samples)
@@ -82,7 +92,7 @@ def draw_series(pipeline: Pipeline, flags: SimpleNamespace, bar: tqdm, frames: l
     return pipeline.world.sum(drawn)  # those of other processes are zero here
 
 
-def draw_walk(pipeline: Pipeline, flags: SimpleNamespace, bar: tqdm, frames: list | None, save: Callable) -> Tensor:
+def draw_walk(pipeline: Pipeline, flags: Namespace, bar: tqdm, frames: list | None, save: Callable) -> Tensor:
     """From one picture to another: slerp in x_T, and from one class to the other in the network's prediction."""
     ends = parse_ends(flags)
     a, b = (PictureNoise(seed, [index], pipeline.shape, pipeline.device)(0)[0] for seed, index in ends)
@@ -107,15 +117,14 @@ def draw_walk(pipeline: Pipeline, flags: SimpleNamespace, bar: tqdm, frames: lis
     return pipeline.world.sum(drawn)
 
 
-def parse_ends(flags: SimpleNamespace) -> list[tuple[int, int]]:
+def parse_ends(flags: Namespace) -> list[tuple[int, int]]:
     """The two (seed, index) between which --interpolate walks."""
     if flags.interpolate == "next":
         return [(flags.seed, flags.start_index), (flags.seed, flags.start_index + 1)]
-    ends = [[int(part) for part in end.split(":")] for end in flags.interpolate.split(",")]
-    return [(end[0], end[1]) if len(end) == 2 else (flags.seed, end[0]) for end in ends]
+    return [(flags.seed if seed is None else seed, index) for seed, index in flags.interpolate]
 
 
-def save_labels(path: Path, pipeline: Pipeline, flags: SimpleNamespace) -> None:
+def save_labels(path: Path, pipeline: Pipeline, flags: Namespace) -> None:
     """labels.csv: a line for each picture."""
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
@@ -128,7 +137,7 @@ def save_labels(path: Path, pipeline: Pipeline, flags: SimpleNamespace) -> None:
         file.write(table.getvalue().encode())
 
 
-def sample(flags: SimpleNamespace, world: World) -> None:
+def sample(flags: Namespace, world: World) -> None:
     pipeline, out = Pipeline(flags, world), Path(flags.output_dir)
     is_walk = flags.interpolate is not None
     count = flags.interp_steps if is_walk else flags.num_samples

@@ -10,6 +10,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import contextlib
 import math
+import shlex
 import sys
 from pathlib import Path
 
@@ -46,11 +47,11 @@ def train(run: Run, world: World, stop: StopRequest) -> None:
     meter, progress = Meter(s.TIME_STEPS, device, world), Progress()
     parts = {"model": model, "ema": ema.model, "optimizer": optimizer, "scaler": scaler, "meter": meter}
     checkpoints = Checkpoints(s, world, images, progress, parts, saved)
-    last_step = min(s.EPOCHS * batches.steps_per_epoch, run.max_steps or math.inf)
+    last_step, limit = run.limit(batches.steps_per_epoch)
     parallel = world.parallel(InPrecision(model, device, dtype), device)
     network = torch.compile(parallel) if should_compile(s.COMPILE, device) else parallel
     networks = {"ema": InPrecision(ema.model, device, dtype), "raw": InPrecision(model, device, dtype)}
-    print_plan(run, world, device, dtype, model, batches, len(val_images), progress.step, last_step)
+    print_plan(run, world, device, dtype, model, batches, len(val_images), progress.step, last_step, limit)
 
     with Monitor(s, world, device, progress.step, last_step) as monitor, stop.postponed("step"):
         is_stopped = stop.agree(world)
@@ -201,6 +202,7 @@ def print_plan(
     val_count: int,
     step: int,
     last_step: int,
+    limit: str,
 ) -> None:
     """What will happen, before it does."""
     s = run.settings
@@ -215,7 +217,7 @@ def print_plan(
         "device": f"{describe(device)}, {as_text(dtype).removeprefix('torch.')}{together}",
         "network": f"{parameter_count(model):,} parameters",
         "images": f"{len(batches.images):,} for training, {min(s.VAL_IMAGES, val_count):,} for validation, {size}",
-        "steps": f"{last_step:,} in all ({per_epoch}), {done}",
+        "steps": f"{last_step:,} in all by {limit} ({per_epoch}), {done}",
         "saves to": Path(s.CHECKPOINT_PATH).resolve(),
         "grids in": Path(s.OUTPUT_PATH).resolve() / "samples",
         "logs in": Path(s.LOG_PATH).resolve(),
@@ -233,7 +235,7 @@ def print_summary(s: Settings, progress: Progress, last_step: int) -> None:
         )
         return
     best = next(name for name in ("best.pth", "latest.pth") if (folder / name).exists())
-    print(f"Done: step {progress.step:,}. Draw pictures with: python sample.py --checkpoint {folder / best}")
+    print(f"Done: step {progress.step:,}. Draw pictures with: python sample.py --checkpoint {shlex.quote(str(folder / best))}")
 
 
 def main() -> int:

@@ -27,6 +27,11 @@ class FlagError(UserError):
     exit_code = 2
 
 
+def count(number: int, noun: str, plural: str = "") -> str:
+    """A number with its noun: "1 image", "2,000 images"."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
 # --- files ----------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import config
-from src.runtime.settings import RULES
+from src.runtime.settings import KINDS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -143,4 +143,4 @@ def test_settings_quoted_are_those_of_config():
     quoted = re.findall(r"`([A-Z_]+)` ([\d.e-]+\d)", README)
     assert quoted
     for name, value in quoted:
-        assert name in RULES and float(value) == getattr(config, name), f"the README says {name} is {value}"
+        assert name in KINDS and float(value) == getattr(config, name), f"the README says {name} is {value}"

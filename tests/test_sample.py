@@ -175,7 +175,7 @@ def test_a_walk_begins_and_ends_at_the_plain_pictures(run, sample):
         (("--classes", "blue circel"), True, 2, "the checkpoint has no class 'blue circel'; did you mean blue circle"),
         (("--classes", "9"), True, 2, "--classes: got 9, but the checkpoint's 4 classes have indices 0 to 3."),
         (("--interpolate", "--sampler", "ddpm"), False, 2, "--interpolate: needs a sampler without randomness"),
-        (("--num_samples", 0), False, 2, "--num_samples: got '0', expected a whole number of at least 1."),
+        (("--num_samples", 0), False, 2, "--num_samples: got '0', expected a whole number from 1 to 1000000."),
         (("--num_sample", 3), False, 2, "--num_sample: no such flag; did you mean --num_samples?"),
         (("--output_dir", "drawn/../file/x"), False, 1, "Cannot write to drawn/../file/x: "),
     ],

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from src.utils import UserError, atomic_file, reading, writing
+from src.utils import UserError, atomic_file, count, reading, writing
 
 
 def test_a_file_appears_whole_or_not_at_all_and_is_flushed_before_it_takes_the_name(tmp_path, monkeypatch):
@@ -72,3 +72,8 @@ def test_the_sentence_does_not_fail_where_the_place_is_gone_or_its_name_too_long
     for path in (Path("/nowhere/at/all"), tmp_path / ("x" * 5000), "\udcff"):
         with pytest.raises(UserError, match="Cannot write to"), writing(path, "--output_dir"):
             raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_count_agrees_with_its_noun():
+    assert [count(n, "image") for n in (0, 1, 2, 2000)] == ["0 images", "1 image", "2 images", "2,000 images"]
+    assert [count(n, "class", "classes") for n in (1, 2)] == ["1 class", "2 classes"]

@@ -1,8 +1,8 @@
 """What evaluate.py measures with, and the report that it fills."""
 
 import time
+from argparse import Namespace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ SPLITS = ("train", "val")
 class Evaluation:
     """One call of evaluate.py: what it measures with, made when it is first asked for, and the report that it fills."""
 
-    def __init__(self, flags: SimpleNamespace, world: World):
+    def __init__(self, flags: Namespace, world: World):
         self.flags, self.world = flags, world
         own = {None, "train", "val"}  # what only a checkpoint can say
         needed = flags.nll or flags.loss or flags.nearest or flags.samples in own or flags.reference in own

@@ -9,7 +9,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -57,7 +57,7 @@ class Checkpoints:
         self, settings: Settings, world: World, images: Images, progress: Progress, parts: Mapping, saved: Mapping | None
     ):
         self.folder, self.world, self.progress, self.parts = Path(settings.CHECKPOINT_PATH), world, progress, parts
-        self.about = {"config": settings._asdict(), "classes": images.classes, "class_ids": images.class_ids}
+        self.about = {"config": asdict(settings), "classes": images.classes, "class_ids": images.class_ids}
         self.saved_at = time.monotonic()
         if saved:
             self.restore(saved)
@@ -217,7 +217,7 @@ TUNABLE = {
 
 def check_resume(saved: Settings, settings: Settings, accept_changes: bool) -> None:
     """Refuse to resume from a checkpoint with settings that contradict it: say the differences and the way out."""
-    changed = [(name, old, new) for name, old, new in differences(saved._asdict(), settings._asdict()) if name not in FREE]
+    changed = [(name, old, new) for name, old, new in differences(asdict(saved), asdict(settings)) if name not in FREE]
     if saved.BATCH_SIZE * saved.GRAD_ACCUM_STEPS == settings.BATCH_SIZE * settings.GRAD_ACCUM_STEPS:
         changed = [c for c in changed if c[0] not in ("BATCH_SIZE", "GRAD_ACCUM_STEPS")]  # the same images in each step
     refused = [c for c in changed if not (accept_changes and c[0] in TUNABLE)]

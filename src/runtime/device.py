@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from src.runtime.kernels import speed_up
-from src.utils import FlagError
+from src.utils import FlagError, count
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -26,7 +26,7 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         return torch.device(name)
     if local_rank >= torch.cuda.device_count():
         raise FlagError(
-            f"--device: this machine has {torch.cuda.device_count()} GPUs, too few for process number {local_rank} on it, "
+            f"--device: this machine has {count(torch.cuda.device_count(), 'GPU')}, too few for process number {local_rank}, "
             f"counted from 0. Give torchrun a smaller --nproc_per_node, or --device cpu."
         )
     torch.cuda.set_device(local_rank)
@@ -44,7 +44,10 @@ def computes_in_bf16(device: torch.device) -> bool:
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype that autocast gives the network's matrix products. "auto" is bf16 where the hardware has it, else fp32."""
+    """The dtype that autocast gives the network's matrix products. "auto" is bf16 if the hardware computes in it, else fp32.
+    Raises FlagError for fp16 on a CPU."""
+    if name == "fp16" and device.type == "cpu":
+        raise FlagError("--precision fp16: the device is a CPU; allowed there are fp32 and bf16.")
     if name == "auto":
         name = "bf16" if computes_in_bf16(device) else "fp32"
     return DTYPES[name]

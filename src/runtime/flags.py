@@ -1,142 +1,131 @@
-"""Flags that keep rules: argparse, with one clear sentence for everything that is refused. For all scripts.
+"""argparse for all scripts: kinds of values, and one sentence for each flag or value that is refused. Imports no torch.
 
-Nothing here imports torch, so `--help` and refusals are instant.
+A kind is a dict of keyword arguments: `group.add_argument("--steps", **whole(1, 1000), help="...")`. Its type reads the text
+of a flag or the value of a constant, and has a name that completes "expected ...".
 """
 
 import argparse
 import difflib
-import math
 import os
 import re
-import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NoReturn
 
 from src.utils import FlagError
 
+Kind = dict[str, Any]
 
-class Rule(NamedTuple):
-    """What one constant or flag may be."""
+# What our flags are called in other repositories. A hint names the first of ours that the script has.
+ELSEWHERE = dict(
+    learning_rate="lr base_lr", batch_size="b bs batch", epochs="epoch n_epochs num_epochs", ema_decay="ema ema_rate",
+    grad_accum_steps="accumulation_steps gradient_accumulation_steps", grad_clip="clip max_grad_norm", prediction="objective",
+    steps="num_steps n_steps ddim_steps sampling_steps num_inference_steps", max_steps="steps num_steps iters train_steps",
+    time_steps="t timesteps num_timesteps diffusion_steps", beta_schedule="schedule noise_schedule", unet_dim="dim channels",
+    dim_mults="ch_mult channel_mult", image_size="size img_size res resolution", class_conditional="cond class_cond",
+    device="gpu gpus gpu_id gpu_ids device_id cuda", precision="amp fp16 bf16 mixed_precision", num_workers="j workers",
+    data_path="data data_dir dataset_path root", output_dir="o out outdir output output_path save_dir",
+    output_path="o out outdir output output_dir save_dir", checkpoint="ckpt model checkpoint_path resume resume_from",
+    checkpoint_path="ckpt checkpoint checkpoint_dir resume resume_from", save_every="save_interval save_freq",
+    log_every="log_interval log_freq", sample_every="sample_interval", num_samples="n n_samples num_images",
+    guidance="w cfg cfg_scale guidance_scale", classes="y labels class_labels",
+)  # fmt: skip
 
-    expected: str  # completes "expected ..."
-    accept: Callable[[Any], Any]  # the text of a flag or the value of a constant -> the value, or ValueError
-    metavar: str  # stands for the value in --help
-    bare: Any = None  # what the flag means without a value; None where it needs one
 
-
-def whole(least: int, most: float = math.inf) -> Rule:
-    def accept(value):
-        number = int(str(value))  # by way of text, as int() alone takes 1.5 and True for 1
-        if not least <= number <= most:
+def kind(expected: str, read: Callable[[Any], Any], is_allowed: Callable[[Any], bool], **options: Any) -> Kind:
+    def accept(value: Any) -> Any:
+        found = read(value)
+        if not is_allowed(found):
             raise ValueError
-        return number
+        return found
 
-    bounds = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
-    return Rule(f"a whole number {bounds}", accept, "N")
-
-
-def number(bounds: str, is_allowed: Callable[[float], bool]) -> Rule:
-    def accept(value):
-        number = float(str(value))
-        if not (math.isfinite(number) and is_allowed(number)):
-            raise ValueError
-        return number
-
-    return Rule(f"a number {bounds}", accept, "X")
+    accept.__name__ = expected
+    return {"type": accept} | options
 
 
-def choice(*words: str, meaning: Mapping[str, Any] | None = None, metavar: str = "WORD", bare: Any = None) -> Rule:
-    """One of a few words, in any case. They stand for themselves, or for what `meaning` says."""
-    meaning = meaning or {word.lower(): word for word in words}
-
-    def accept(value):
-        if str(value).lower() not in meaning:
-            raise ValueError
-        return meaning[str(value).lower()]
-
-    return Rule(" or ".join(filter(None, [", ".join(words[:-1]), words[-1]])), accept, metavar, bare)
+def whole(low: int, high: int = 10**9) -> Kind:  # by way of str, because int() takes 1.5 and True for 1
+    return kind(f"a whole number from {low} to {high}", lambda x: int(str(x)), lambda n: low <= n <= high, metavar="N")
 
 
-def text(expected: str, pattern: str, metavar: str) -> Rule:
-    def accept(value):
-        if not isinstance(value, (str, os.PathLike)) or not re.fullmatch(pattern, str(value), re.DOTALL):
-            raise ValueError
-        return str(value)
-
-    return Rule(expected, accept, metavar)
+def number(low: float, high: float, without: float | None = None) -> Kind:
+    """without: one of the two ends, if that is not allowed."""
+    bounds = ("above" if without == low else "of at least", low, "below" if without == high else "at most", high)
+    expected = "a number {} {:g} and {} {:g}".format(*bounds)
+    return kind(expected, lambda x: float(str(x)), lambda x: low <= x <= high and x != without, metavar="X")
 
 
-def wholes(expected: str, fewest: int, most: float = math.inf) -> Rule:
-    """Whole numbers of at least 1: "1,2,2", a tuple, a list, or one alone. Nothing at all, or 0, is ()."""
+def wholes(fewest: int, most: int, high: int) -> Kind:
+    """Whole numbers from 1 on: "1,2,2", a tuple, a list, or one alone. "" and 0 are none."""
 
-    def accept(value):
+    def read(value: Any) -> tuple[int, ...]:
         parts = value if isinstance(value, (tuple, list)) else str(value).split(",") if str(value).strip() else ()
         numbers = tuple(int(str(part)) for part in parts)
-        numbers = () if numbers == (0,) else numbers
-        if min(numbers, default=1) < 1 or not fewest <= len(numbers) <= most:
-            raise ValueError
-        return numbers
+        return () if numbers == (0,) else numbers
 
-    return Rule(f"{expected}, separated by commas", accept, "N,N")
+    expected = f"{fewest} to {most}" if fewest else f"0 for none, or up to {most}"
+    expected += f" whole numbers from 1 to {high}, separated by commas"
+    return kind(expected, read, lambda x: fewest <= len(x) <= most and all(1 <= n <= high for n in x), metavar="N,N")
 
 
-POSITIVE = number("above 0", lambda x: x > 0)
-NOT_NEGATIVE = number("of at least 0", lambda x: x >= 0)
-SHARE = number("of at least 0 and below 1", lambda x: 0 <= x < 1)
-YES_NO = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-TRUTH = choice("true", "false", meaning=YES_NO, metavar="BOOL", bare=True)
-FOLDER = text("the path of a folder", r".*\S.*", "PATH")
+def choice(*words: str, **options: Any) -> Kind:
+    """One of the words, in upper or lower case."""
+    return {"type": lambda value: str(value).lower(), "choices": words, "metavar": "WORD"} | options
+
+
+def text(expected: str, pattern: str, metavar: str) -> Kind:
+    return kind(expected, str, lambda x: re.fullmatch(pattern, x, re.DOTALL) is not None, metavar=metavar)
+
+
+def read_path(value: Any) -> str:
+    """The path, with the home folder for ~ and values for $NAME."""
+    for part in re.findall(r"^~[^/]*|\$\w+|\$\{\w+\}", str(value)):
+        if os.path.expanduser(os.path.expandvars(part)) in (part, ""):
+            raise argparse.ArgumentTypeError(f"got {str(value)!r}, but {part} is not set")
+    return os.path.expanduser(os.path.expandvars(value))
+
+
+PATH = kind("a path", read_path, lambda path: bool(path.strip()), metavar="PATH")
+WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+TRUTH = kind("true or false", lambda x: WORDS.get(str(x).lower()), lambda x: x is not None, metavar="BOOL")
+TRUTH |= {"nargs": "?", "const": True}  # --gif alone is --gif true
+
+
+def expected(kind: Mapping[str, Any]) -> str:
+    *words, last = kind.get("choices") or [kind["type"].__name__]
+    return f"{', '.join(words)} or {last}" if words else last
 
 
 class FlagParser(argparse.ArgumentParser):
-    """argparse with a Rule per flag, whose every complaint is a FlagError of one sentence."""
+    """argparse that raises FlagErrors. script: what one types behind `python`."""
 
-    def __init__(self, script: str, **texts: Any):
-        super().__init__(script, allow_abbrev=False, exit_on_error=False, formatter_class=Help, **texts)
-        self.rules: dict[str, Rule] = {}
+    def __init__(self, script: str, **options: Any):
+        layout = partial(argparse.RawDescriptionHelpFormatter, max_help_position=31)
+        super().__init__(script, allow_abbrev=False, add_help=False, formatter_class=layout, **options)
+        self.add_argument("--help", action="help", help="show this text and exit")
 
-    def add(self, flag: str, rule: Rule, comment: str, group: Any = None, default: Any = argparse.SUPPRESS) -> None:
-        """A flag that takes what the rule accepts. Without a default, `parse` returns it only where it was typed."""
-        self.rules[flag] = rule
-
-        def read(word: str) -> Any:
-            try:
-                return rule.accept(word)
-            except ValueError:
-                raise FlagError(f"{flag}: got {word!r}, expected {rule.expected}.") from None
-
-        bare = {} if rule.bare is None else {"nargs": "?", "const": rule.bare}
-        comment = comment.replace("%", "%%")  # argparse fills in %(default)s and the like
-        (group or self).add_argument(flag, type=read, metavar=rule.metavar, help=comment, default=default, **bare)
-
-    def parse(self, argv: Sequence[str]) -> dict[str, Any]:
-        """{name: value} of the flags; of two alike the last counts. Raises FlagError."""
-        words = list(argv)
-        for i in range(len(words) - 1, 0, -1):  # argparse takes -1e-4 for a flag, unless `=` ties it to its own
-            if re.match(r"-(\.?\d|inf|nan)", words[i]) and re.fullmatch(r"--\w+", words[i - 1]):
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """The flags. Of two alike the last counts. Raises FlagError."""
+        words = ["--help" if word == "-h" else word for word in argv]  # as a flag, -h would catch -horizontal_flip
+        for i in range(len(words) - 1, 0, -1):  # argparse would take -1e-4 for a flag
+            if re.match(r"(?i)-(\.?\d|inf|nan)", words[i]) and re.fullmatch(r"--\w+", words[i - 1]):
                 words[i - 1 : i + 1] = [f"{words[i - 1]}={words[i]}"]
-        try:
-            values, strangers = self.parse_known_args(words)
-        except argparse.ArgumentError as error:
-            flag = str(error.argument_name)
-            problem = f"no value given, expected {self.rules[flag].expected}" if flag in self.rules else error.message
-            raise FlagError(f"{flag}: {problem}.") from None
-        if strangers:
-            word = strangers[0].partition("=")[0]
-            problem = "no such flag" if word.startswith("-") else "a word that belongs to no flag"
-            end = did_you_mean(word.lower(), [*self.rules, "--help"])
-            raise FlagError(f"{word}: {problem}{end} 'python {self.prog} --help' lists them.")
-        return vars(values)
+        flags, strangers = self.parse_known_args(words)
+        for word in (stranger.partition("=")[0] for stranger in strangers):
+            found = f"{word}: no such flag" if word.startswith("-") else f"{word!r}: a word that belongs to no flag"
+            name, known = word.lower().lstrip("-").replace("-", "_"), self._option_string_actions
+            meant = [f"--{ours}" for ours, theirs in ELSEWHERE.items() if name in theirs.split()]
+            hint = did_you_mean(next((flag for flag in meant if flag in known), "" if meant else f"--{name}"), known)
+            raise FlagError(f"{found}{hint} 'python {self.prog} --help' lists them.")
+        return flags
 
-
-class Help(argparse.RawDescriptionHelpFormatter):
-    """Flags to the left, comments beside them with words kept whole: `tiny-imagenet` is not broken at its hyphen."""
-
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=31)
-
-    def _split_lines(self, text: str, width: int) -> list[str]:
-        return textwrap.wrap(text, width, break_on_hyphens=False)
+    def error(self, message: str) -> NoReturn:
+        """argparse calls this with its complaint."""
+        flag, _, problem = message.removeprefix("argument ").partition(": ")
+        action = self._option_string_actions.get(flag)
+        if action and problem.startswith(("expected ", "invalid ")):
+            found = re.search(r"(?:value|choice): (('|\").*?\2)(?:,| \(|$)", problem, re.DOTALL)
+            problem = f"{f'got {found[1]}' if found else 'no value given'}, expected {expected(vars(action))}"
+        raise FlagError(f"{flag}: {problem}.")
 
 
 def did_you_mean(word: str, names: Collection[str]) -> str:

@@ -6,6 +6,7 @@ import os
 import secrets
 import socket
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ class Monitor:
         if world.is_main:
             with writing(self.log_path, "--log_path"):
                 self.events = EventFile(self.log_path, purge_step=first_step + 1)
-                self.events.table(first_step, "settings", settings._asdict())
+                self.events.table(first_step, "settings", asdict(settings))
         options = dict(unit="step", smoothing=0.05, dynamic_ncols=True)
         self.bar = tqdm(total=last_step, initial=first_step, disable=world.hides_bars, **options)
         self.restart_clock(first_step)

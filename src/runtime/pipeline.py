@@ -2,9 +2,9 @@
 
 import difflib
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,41 +16,32 @@ from src.runtime.build import build_diffusion, build_model
 from src.runtime.checkpoint import TO_DRAW, load_checkpoint, load_weights
 from src.runtime.device import InPrecision, pick_device, pick_precision, place, should_compile, synchronize
 from src.runtime.distributed import World
-from src.runtime.flags import FlagParser, choice, number, whole
-from src.runtime.settings import RULES
+from src.runtime.flags import Kind, choice, number, whole
+from src.runtime.settings import KINDS
 from src.samplers import SAMPLERS
-from src.utils import FlagError, grid, to_uint8
+from src.utils import FlagError, count, grid, to_uint8
 
 DEFAULT_STEPS = {"ddim": 50, "dpm++": 20}  # ddpm takes all that the model was trained with
 GIF_FRAMES, GIF_IMAGES = 50, 16  # the most that denoising.gif shows
 
 
-def add_drawing_flags(parser: FlagParser, group: Any) -> None:
+def add_drawing_flags(group: Any) -> None:
     """The flags that say how a checkpoint draws; `check_drawing_flags` says which go together."""
-    for flag, rule, comment, default in [
-        ("--sampler", choice(*SAMPLERS), f"{', '.join(SAMPLERS)} (default: dpm++)", "dpm++"),
-        ("--steps", whole(1), "network calls per picture (default: all for ddpm, 50 for ddim, 20 for dpm++)", None),
-        (
-            "--eta",
-            number("from 0 to 1", lambda x: 0 <= x <= 1),
-            "randomness of ddim, 0 none, 1 as much as ddpm (default: 0)",
-            0.0,
-        ),
-        (
-            "--weights",
-            choice("ema", "raw"),
-            "the running average of the weights, or the raw ones (default: ema)",
-            "ema",
-        ),
-        ("--batch_size", whole(1), "pictures drawn at a time; changes none of them (default: 64)", 64),
-        ("--device", RULES["DEVICE"], "auto, cuda, mps, cpu (default: auto)", "auto"),
-        ("--precision", RULES["PRECISION"], "auto, fp32, bf16, fp16 (default: auto)", "auto"),
-        ("--compile", RULES["COMPILE"], "torch.compile the network: auto, true, false (default: auto)", "auto"),
-    ]:
-        parser.add(flag, rule, comment, group, default)
+    flags: list[tuple[str, Kind, Any, str]] = [
+        ("--sampler", choice(*SAMPLERS), "dpm++", f"{', '.join(SAMPLERS)} (default: dpm++)"),
+        ("--steps", whole(1, 100_000), None, "network calls per picture (default: all for ddpm, 50 for ddim, 20 for dpm++)"),
+        ("--eta", number(0, 1), 0.0, "randomness of ddim, 0 none, 1 as much as ddpm (default: 0)"),
+        ("--weights", choice("ema", "raw"), "ema", "the running average of the weights, or the raw ones (default: ema)"),
+        ("--batch_size", whole(1, 100_000), 64, "pictures drawn at a time; changes none of them (default: 64)"),
+        ("--device", KINDS["DEVICE"], "auto", "auto, cuda, mps, cpu (default: auto)"),
+        ("--precision", KINDS["PRECISION"], "auto", "auto, fp32, bf16, fp16 (default: auto)"),
+        ("--compile", KINDS["COMPILE"], "auto", "torch.compile the network: auto, true, false (default: auto)"),
+    ]
+    for flag, kind, default, comment in flags:
+        group.add_argument(flag, **kind, default=default, help=comment)
 
 
-def check_drawing_flags(flags: SimpleNamespace) -> None:
+def check_drawing_flags(flags: Namespace) -> None:
     if flags.eta and flags.sampler != "ddim":
         raise FlagError(f"--eta: got {flags.eta:g} with --sampler {flags.sampler}; only --sampler ddim takes it.")
 
@@ -67,20 +58,21 @@ def parse_classes(text: str, classes: Sequence[str], class_ids: Sequence[str]) -
 
 def find_class(word: str, classes: Sequence[str], class_ids: Sequence[str]) -> int:
     """The one label that the word means. Raises FlagError."""
-    word, count = word.strip(), len(classes)
+    word, labels = word.strip(), range(len(classes))
     number = word.removeprefix("index:")
     index = int(number) if number.isascii() and number.isdecimal() and len(number) < 10 else -1
     names = [(names, label) for label, pair in enumerate(zip(classes, class_ids)) for names in pair]
     exact = {label for name, label in names if name == word}
     found = exact or {label for name, label in names if name.lower() == word.lower()}
-    found = found | ({index} & set(range(count))) if number == word else {index} & set(range(count))
+    found = found | ({index} & set(labels)) if number == word else {index} & set(labels)
     meanings = [f"index:{label} ({classes[label]})" for label in sorted(found)] + ["every class"] * (word.lower() == "all")
     if len(meanings) > 1:
         raise FlagError(f"--classes: {word!r} may mean {' or '.join(meanings)}. Name one class by its index:N.")
     if found:
         return found.pop()
     if number.isdecimal():
-        raise FlagError(f"--classes: got {word}, but the checkpoint's {count} classes have indices 0 to {count - 1}.")
+        many = count(len(classes), "class", "classes")
+        raise FlagError(f"--classes: got {word}, but the checkpoint's {many} have indices 0 to {labels[-1]}.")
     spelt = {name.lower(): name for name, _ in names}
     near = difflib.get_close_matches(word.lower(), spelt, 3, cutoff=0.5) + [name for name in spelt if word.lower() in name][:3]
     meant = ", ".join(spelt[name] for name in dict.fromkeys(near))
@@ -91,7 +83,7 @@ def find_class(word: str, classes: Sequence[str], class_ids: Sequence[str]) -> i
 class Pipeline:
     """A checkpoint ready to draw: the network, the diffusion, the classes, and how the flags want it done."""
 
-    def __init__(self, flags: SimpleNamespace, world: World = World()):  # noqa: B008 (immutable)
+    def __init__(self, flags: Namespace, world: World = World()):  # noqa: B008 (immutable)
         self.world = world
         weights = "ema" if flags.weights == "ema" else "model"
         state = load_checkpoint(Path(flags.checkpoint), (*TO_DRAW, weights), mmap=True)

@@ -1,276 +1,213 @@
-"""What a run may be told, and how: config.py, then a preset, then the flags -> one immutable `Settings`.
+"""The settings of a run: config.py, then a preset, then the flags -> one immutable `Settings`. Imports no torch.
 
-config.py is the home of the values and of the comments that `--help` prints; RULES is the home of what each may be.
-Every refusal is one sentence that names the place, what was given and what is allowed: a FlagError for what was
-typed, a UserError for what stands in config.py. Nothing here imports torch, so `--help` and refusals are instant.
+config.py holds the values, and the comments that `--help` prints. A refusal is one sentence that names the place, what was
+found and what is allowed: a FlagError for what was typed, a UserError for config.py and checkpoints.
 """
 
-import difflib
+import argparse
 import inspect
-import io
 import re
 import shlex
-import shutil
 import textwrap
-import tokenize
-from collections import namedtuple
 from collections.abc import Collection, Mapping, Sequence
-from types import MappingProxyType, ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from types import ModuleType
+from typing import Any, NamedTuple, NoReturn
 
-from src.runtime.flags import (
-    FOLDER,
-    NOT_NEGATIVE,
-    POSITIVE,
-    SHARE,
-    TRUTH,
-    FlagParser,
-    Rule,
-    choice,
-    did_you_mean,
-    text,
-    whole,
-    wholes,
-)
+from src.runtime.flags import PATH, TRUTH, FlagParser, choice, did_you_mean, expected, number, text, whole, wholes
 from src.utils import FlagError, UserError
 
-RULES: dict[str, Rule] = {
-    "DATASET": text("the name of a dataset", r".*\S.*", "NAME"),  # which there are is src/dataset.py's to say
-    "DATA_PATH": FOLDER,
-    "DATA_URL": text("an address that begins with http:// or https://", r"https?://\S+", "URL"),
-    "DATA_SIZE": whole(0),
-    "DATA_MD5": text("32 hexadecimal digits in lower case, or ''", r"([0-9a-f]{32})?", "MD5"),
-    "CACHE_PATH": FOLDER,
-    "IMAGE_SIZE": whole(8, 1024),
-    "NUM_WORKERS": whole(-1),
-    "HORIZONTAL_FLIP": TRUTH,
-    "UNET_DIM": whole(8, 1024),
-    "DIM_MULTS": wholes("1 to 6 whole numbers of at least 1", 1, 6),
-    "NUM_RES_BLOCKS": whole(1),
-    "ATTENTION_RESOLUTIONS": wholes("0 for none, or whole numbers of at least 1", 0),
-    "DROPOUT": SHARE,
-    "CLASS_CONDITIONAL": TRUTH,
-    "LABEL_DROPOUT": SHARE,
-    "ACTIVATION_CHECKPOINTING": TRUTH,
-    "TIME_STEPS": whole(2),
-    "BETA_SCHEDULE": choice("linear", "cosine"),
-    "PREDICTION": choice("eps", "v", "x0"),
-    "MIN_SNR_GAMMA": NOT_NEGATIVE,
-    "BATCH_SIZE": whole(1),
-    "GRAD_ACCUM_STEPS": whole(1),
-    "LEARNING_RATE": POSITIVE,
-    "WARMUP_STEPS": whole(0),
-    "EPOCHS": whole(1),
-    "GRAD_CLIP": NOT_NEGATIVE,
-    "EMA_DECAY": SHARE,
-    "PRECISION": choice("auto", "fp32", "bf16", "fp16"),
-    "COMPILE": choice("auto", "true", "false", bare="true"),  # a word, also where config.py has True or False
-    "SEED": whole(0, 2**32 - 1),
-    "DEVICE": choice("auto", "cuda", "mps", "cpu"),
-    "VAL_IMAGES": whole(1),
-    "NUM_SAMPLES": whole(1),
-    "PREVIEW_STEPS": whole(1),
-    "SAVE_EVERY": whole(1),
-    "SAVE_MINUTES": NOT_NEGATIVE,
-    "SAMPLE_EVERY": whole(1),
-    "LOG_EVERY": whole(1),
-    "CHECKPOINT_PATH": FOLDER,
-    "OUTPUT_PATH": FOLDER,
-    "LOG_PATH": FOLDER,
-}
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A field for each constant of config.py, with its kind of value. A new one needs a default, for checkpoints that are older
+    than it: the value with which the program does what it did before."""
+
+    DATASET: str = field(metadata=text("the name of a dataset", r".*\S.*", "NAME"))  # src/dataset.py knows which there are
+    DATA_PATH: str = field(metadata=PATH)
+    DATA_URL: str = field(metadata=text("an address that begins with http:// or https://", r"https?://\S+", "URL"))
+    DATA_SIZE: int = field(metadata=whole(0, 10**15))
+    DATA_MD5: str = field(metadata=text("32 hexadecimal digits in lower case, or ''", r"([0-9a-f]{32})?", "MD5"))
+    CACHE_PATH: str = field(metadata=PATH)
+    IMAGE_SIZE: int = field(metadata=whole(8, 1024))
+    NUM_WORKERS: int = field(metadata=whole(-1, 1024))
+    HORIZONTAL_FLIP: bool = field(metadata=TRUTH)
+    UNET_DIM: int = field(metadata=whole(8, 1024))
+    DIM_MULTS: tuple[int, ...] = field(metadata=wholes(1, 6, high=64))
+    NUM_RES_BLOCKS: int = field(metadata=whole(1, 100))
+    ATTENTION_RESOLUTIONS: tuple[int, ...] = field(metadata=wholes(0, 16, high=1024))
+    DROPOUT: float = field(metadata=number(0, 1, without=1))
+    CLASS_CONDITIONAL: bool = field(metadata=TRUTH)
+    LABEL_DROPOUT: float = field(metadata=number(0, 1, without=1))
+    ACTIVATION_CHECKPOINTING: bool = field(metadata=TRUTH)
+    TIME_STEPS: int = field(metadata=whole(2, 100_000))
+    BETA_SCHEDULE: str = field(metadata=choice("linear", "cosine"))
+    PREDICTION: str = field(metadata=choice("eps", "v", "x0"))
+    MIN_SNR_GAMMA: float = field(metadata=number(0, 1000))
+    BATCH_SIZE: int = field(metadata=whole(1, 1_000_000))
+    GRAD_ACCUM_STEPS: int = field(metadata=whole(1, 1_000_000))
+    LEARNING_RATE: float = field(metadata=number(0, 10, without=0))
+    WARMUP_STEPS: int = field(metadata=whole(0))
+    EPOCHS: int = field(metadata=whole(1, 1_000_000))
+    GRAD_CLIP: float = field(metadata=number(0, 1e9))
+    EMA_DECAY: float = field(metadata=number(0, 1, without=1))
+    PRECISION: str = field(metadata=choice("auto", "fp32", "bf16", "fp16"))
+    COMPILE: str = field(metadata=choice("auto", "true", "false", nargs="?", const="true"))  # True in config.py is "true"
+    SEED: int = field(metadata=whole(0, 2**32 - 1))
+    DEVICE: str = field(metadata=choice("auto", "cuda", "mps", "cpu"))
+    VAL_IMAGES: int = field(metadata=whole(1))
+    NUM_SAMPLES: int = field(metadata=whole(1, 10_000))
+    PREVIEW_STEPS: int = field(metadata=whole(1, 100_000))
+    SAVE_EVERY: int = field(metadata=whole(1))
+    SAVE_MINUTES: float = field(metadata=number(0, 100_000))
+    SAMPLE_EVERY: int = field(metadata=whole(1))
+    LOG_EVERY: int = field(metadata=whole(1))
+    CHECKPOINT_PATH: str = field(metadata=PATH)
+    OUTPUT_PATH: str = field(metadata=PATH)
+    LOG_PATH: str = field(metadata=PATH)
 
 
-class Settings(namedtuple("Settings", RULES)):  # type: ignore[misc]
-    """What a run works with: settings.BATCH_SIZE and so on, each as its rule makes it. Immutable."""
-
-    __slots__ = ()
-    if TYPE_CHECKING:  # a type checker does not run RULES for the names
-
-        def __init__(self, **values: Any): ...
-        def __getattr__(self, name: str) -> Any: ...
+KINDS = {setting.name: dict(setting.metadata) for setting in fields(Settings)}
+IN_PRESET = "config.py: PRESETS[{!r}] sets "
 
 
 class Run(NamedTuple):
     """What `python train.py ...` asks for."""
 
     settings: Settings
-    preset: str | None
-    max_steps: int | None  # optimizer steps in all; None for all EPOCHS
-    accept_changes: bool  # a resumed run may go on with other settings than the checkpoint's
+    typed: frozenset[str]  # names of the settings that were given as flags
+    preset: str | None = None
+    max_steps: int | None = None
+    accept_changes: bool = False  # resume although settings differ from the checkpoint's
+
+    def limit(self, steps_per_epoch: int) -> tuple[int, str]:
+        """The last optimizer step, and the setting that makes it the last. A typed --max_steps beats EPOCHS, unless --epochs
+        was typed as well and ends earlier."""
+        steps = self.settings.EPOCHS * steps_per_epoch
+        if self.max_steps is None or ("EPOCHS" in self.typed and steps < self.max_steps):
+            return steps, f"EPOCHS {self.settings.EPOCHS}"
+        return self.max_steps, f"--max_steps {self.max_steps}"
 
 
 def resolve(config: ModuleType, argv: Sequence[str], dataset_names: Collection[str] | None = None) -> Run:
-    """Settle every constant: a flag beats a preset, a preset beats config.py. `--help` prints and exits.
+    """Settle every setting: a flag beats a preset, a preset beats config.py. `--help` prints and exits.
 
     argv: the words behind `train.py`.   dataset_names: what DATASET may be; None leaves that unchecked.
     """
-    constants, presets = read_constants(config), read_presets(config)
-    flags: dict[str, Any] = {"preset": None, "max_steps": None, "accept_changes": False}
-    flags |= train_flags(config, constants, presets).parse(argv)
-    preset, max_steps, accept_changes = (flags.pop(name) for name in ("preset", "max_steps", "accept_changes"))
-    changes = presets.get(preset, {})
+    constants, presets = read_config(config)
+    flags = vars(train_flags(config, constants, presets).parse(argv))  # only what was typed
+    of_run = {name: flags.pop(name) for name in Run._fields if name in flags}
     typed = {name.upper(): value for name, value in flags.items()}
+    changes = presets[of_run["preset"]] if "preset" in of_run else {}
     settings = Settings(**constants | changes | typed)
-    sources = dict.fromkeys(RULES, "config.py: ")
-    sources |= dict.fromkeys(changes, in_preset(preset)) | dict.fromkeys(typed, "--")
-    check_combinations(settings, sources, dataset_names)
-    return Run(settings, preset, max_steps, accept_changes)
+    places = dict.fromkeys(constants, "config.py: ") | dict.fromkeys(changes, IN_PRESET.format(of_run.get("preset")))
+    check_combinations(settings, {name: place for name, place in places.items() if name not in typed}, dataset_names)
+    return Run(settings, frozenset(typed), **of_run)
 
 
-def train_flags(config: ModuleType, constants: Mapping, presets: Mapping[str, Mapping]) -> FlagParser:
-    """The flags of train.py: those of a run itself, then one per constant, grouped as config.py is."""
-    columns = max(40, shutil.get_terminal_size().columns)  # some terminals have 0
-    wrap = textwrap.TextWrapper(columns - 2, break_on_hyphens=False)
-    wrap.initial_indent, wrap.subsequent_indent = "  ", "    "
-    listed = [wrap.fill(f"{preset}: {as_flags(changes)}") for preset, changes in presets.items()]
+def train_flags(config: ModuleType, constants: Mapping[str, Any], presets: Mapping[str, Mapping]) -> FlagParser:
+    """The flags of train.py: those of a run, then one for each constant, grouped as config.py is."""
+    wrap = textwrap.TextWrapper(98, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
     parser = FlagParser(
         "train.py",
         usage="python train.py [--preset NAME] [--flag VALUE ...]",
         description="Train a diffusion model. A flag beats a preset, a preset beats config.py.",
-        epilog="\n".join(["presets:", *listed]),
+        epilog="\n".join(["presets:", *(wrap.fill(f"{name}: {as_flags(changes)}") for name, changes in presets.items())]),
+        argument_default=argparse.SUPPRESS,
     )
     run = parser.add_argument_group("this run")
     if presets:
-        parser.add("--preset", choice(*presets, metavar="NAME"), "a group of settings, listed below", run)
-    parser.add("--max_steps", whole(1), "end after this many optimizer steps in all (default: all EPOCHS)", run)
-    accepted = "resume although settings of the training differ from the checkpoint's (default: false)"
-    parser.add("--accept_changes", TRUTH, accepted, run)
-
-    comments, groups = read_comments(config), {}
-    for name, rule in RULES.items():
-        section, comment = comments.get(name, ("settings", ""))
-        if section not in groups:
-            groups[section] = parser.add_argument_group(section)
-        comment = f"{comment} (default: {as_text(constants[name]) or 'none'})".strip()
-        parser.add(f"--{name.lower()}", rule, comment, groups[section])
+        run.add_argument("--preset", **choice(*presets, type=str, metavar="NAME"), help="a group of settings, listed below")
+    run.add_argument("--max_steps", **whole(1), help="optimizer steps in all, also past EPOCHS (default: EPOCHS alone)")
+    changes = "resume although settings of the training differ from the checkpoint's (default: false)"
+    run.add_argument("--accept_changes", **TRUTH, help=changes)
+    comments = read_comments(config)
+    groups = {section: parser.add_argument_group(section) for section in dict.fromkeys(c[0] for c in comments.values())}
+    for name, kind in KINDS.items():
+        section, comment = comments.get(name, ("", ""))
+        comment = f"{comment} (default: {as_text(constants[name]) or 'none'})".strip().replace("%", "%%")
+        groups.get(section, parser).add_argument(f"--{name.lower()}", **kind, help=comment)
     return parser
 
 
-# --- what cannot be -------------------------------------------------------------------------------------
-
-
-def check_combinations(
-    s: Settings, sources: Mapping[str, str] = MappingProxyType({}), dataset_names: Collection[str] | None = None
-) -> None:
-    """Refuse what the rules allow one by one, but the network, the sampler or the device cannot do together.
-
-    sources: where the value of each constant comes from, in the words of `given`; by default all are flags.
-    """
-
-    def refuse(names: str, allowed: str) -> NoReturn:
-        first, *others = sorted(names.split(), key=lambda name: sources.get(name, "--") != "--")  # blame what was typed
-        source = sources.get(first, "--")
-        said = [as_flags({n: getattr(s, n)}) if source == "--" else f"{n} = {getattr(s, n)!r}" for n in others]
-        beside = f" with {' and '.join(said)}" if said else ""
-        error = FlagError if source == "--" else UserError
-        raise error(f"{given(first, getattr(s, first), source)}{beside}; {allowed}.")
-
-    if dataset_names is not None and s.DATASET not in dataset_names:
-        refuse("DATASET", f"allowed are {', '.join(dataset_names)}")
-
-    # GroupNorm has 8 groups in networks narrower than 128, else 32: src/model.py, norm_groups. A test compares them.
-    widths = [dim for dim in range(8, 1025, 8) if dim < 128 or dim % 32 == 0]
-    if s.UNET_DIM not in widths:
-        near = neighbours(s.UNET_DIM, widths)
-        refuse("UNET_DIM", f"allowed are multiples of 8 below 128 and of 32 from there on, for example {near}")
-
-    halvings = len(s.DIM_MULTS) - 1
-    sizes = range(max(8, 2 * 2**halvings), 1025, 2**halvings)  # 2x2 pixels or more at the last level
-    if s.IMAGE_SIZE not in sizes:
-        allowed = f"multiples of {sizes.step} from {sizes.start} on, for example {neighbours(s.IMAGE_SIZE, sizes)}"
-        refuse("IMAGE_SIZE DIM_MULTS", f"the network shrinks images {sizes.step}-fold, so allowed sizes are {allowed}")
-
-    # Only where typed: what config.py or a preset says may be meant for several image sizes.
-    levels = [s.IMAGE_SIZE >> level for level in range(halvings + 1)]
-    if sources.get("ATTENTION_RESOLUTIONS") == "--" and not set(s.ATTENTION_RESOLUTIONS) <= set(levels):
-        refuse("ATTENTION_RESOLUTIONS IMAGE_SIZE DIM_MULTS", f"allowed are 0 and the levels' sizes {as_text(levels)}")
-
-    if s.PRECISION == "fp16" and s.DEVICE == "cpu":
-        refuse("PRECISION DEVICE", "allowed on a CPU are fp32 and bf16")
-
-
-def given(name: str, value: Any, source: str) -> str:
-    """How a sentence on a bad value begins: `--batch_size: got 'many'` if the source is "--", which is a flag, else
-    `config.py: BATCH_SIZE = 'many'` or `config.py: PRESETS['demo'] sets BATCH_SIZE = 'many'`."""
-    if source == "--":
-        return f"--{name.lower()}: got {repr(value) if isinstance(value, str) else as_text(value)}"
-    return f"{source}{name} = {value!r}"
-
-
-def in_preset(preset: str | None) -> str:
-    return f"config.py: PRESETS[{preset!r}] sets "
-
-
-def neighbours(value: int, allowed: Sequence[int]) -> str:
-    """The allowed numbers on either side of one that is not."""
-    below, above = [n for n in allowed if n < value][-1:], [n for n in allowed if n > value][:1]
-    return " or ".join(map(str, below + above))
-
-
-# --- config.py ------------------------------------------------------------------------------------------
-
-
-def read_constants(config: ModuleType) -> dict[str, Any]:
-    """Every constant of config.py, checked: those of RULES, no more and no fewer."""
-    known = [*RULES, "PRESETS"]
-    found = [name for name in vars(config) if name.isupper() and not name.startswith("_")]
-    missing = [name for name in known if name not in found]
-    for stranger in [name for name in found if name not in known]:
-        if meant := difflib.get_close_matches(stranger, missing, 1):
-            raise UserError(f"config.py has {stranger} where it needs {meant[0]}; rename it.")
-        advice = "Remove it, or write a name of your own in lower case."
-        raise UserError(f"config.py: {stranger} is not a constant of a run{did_you_mean(stranger, known)} {advice}")
-    if missing:
-        expected = RULES[missing[0]].expected if missing[0] in RULES else "a dict, which may be empty"
-        raise UserError(f"config.py has no {' and no '.join(missing)}; set {missing[0]} to {expected}.")
-    return {name: checked(name, getattr(config, name), "config.py: ") for name in RULES}
-
-
-def read_presets(config: ModuleType) -> dict[str, dict[str, Any]]:
-    """The presets of config.py, checked, those too that this run does not take."""
-    presets = config.PRESETS
+def read_config(config: ModuleType) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The constants and the presets of config.py, checked. Raises UserError."""
+    constants = {name: value for name, value in vars(config).items() if name.isupper() and not name.startswith("_")}
+    presets = constants.pop("PRESETS", {})
     if not isinstance(presets, dict) or not all(isinstance(changes, dict) for changes in presets.values()):
         raise UserError("config.py: PRESETS is not a dict of dicts; expected {'name': dict(BATCH_SIZE=64), ...}.")
-    for preset, changes in presets.items():
-        for name in changes:
-            if name not in RULES:
-                raise UserError(f"{in_preset(preset)}{name}, which is not a constant{did_you_mean(name, RULES)}")
-    return {
-        preset: {name: checked(name, value, in_preset(preset)) for name, value in changes.items()}
-        for preset, changes in presets.items()
-    }
+    found = checked(constants, "config.py: ")
+    for name in [name for name in KINDS if name not in found]:
+        raise UserError(f"config.py has no {name}; set {name} to {expected(KINDS[name])}.")
+    return found, {preset: checked(changes, IN_PRESET.format(preset)) for preset, changes in presets.items()}
 
 
-def checked(name: str, value: Any, source: str) -> Any:
-    """The value as its rule makes it. Raises UserError."""
-    try:
-        return RULES[name].accept(value)
-    except ValueError:
-        raise UserError(f"{given(name, value, source)}, expected {RULES[name].expected}.") from None
+def checked(values: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """The values as flags would give them. place: where they stand. Raises UserError."""
+    found = {}
+    for name, value in values.items():
+        if name not in KINDS:
+            hint = did_you_mean(name, [*KINDS, "PRESETS"])
+            raise UserError(f"{place}{name}: no such setting{hint} Write names of your own in lower case.")
+        try:
+            found[name] = KINDS[name]["type"](value)
+            if found[name] not in KINDS[name].get("choices", [found[name]]):
+                raise ValueError
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"{place}{name}: {error}.") from None
+        except (TypeError, ValueError):
+            raise UserError(f"{place}{name} = {value!r}, expected {expected(KINDS[name])}.") from None
+    return found
+
+
+# A section, or a constant and its comment, which may go on in indented lines below.
+COMMENT = r"(?m)^(?:# -+ (.+?) -+|([A-Z]\w*) = .*?(?: # (.+(?:\n {4,}# .+)*))?)$"
 
 
 def read_comments(config: ModuleType) -> dict[str, tuple[str, str]]:
-    """{constant: (section, comment)} from the source of config.py, whose sections are headed `# --- data ---`.
-
-    A comment may go on in the lines right below its constant that hold nothing else and are indented by 4 or more.
-    """
+    """{constant: (section, comment)} from the source of config.py."""
     try:
         source = inspect.getsource(config)
-    except (OSError, TypeError):  # a module made in memory has none, and --help does without
-        return {}
-    comments: dict[str, tuple[str, str]] = {}
-    section, name = "settings", ""
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        column, words = token.start[1], token.string.lstrip("# ")
-        if token.type == tokenize.NAME and column == 0:
-            name = token.string
-        elif token.type == tokenize.COMMENT and column >= 4 and name in RULES:
-            comments[name] = (section, f"{comments.get(name, ('', ''))[1]} {words}".strip())
-        elif token.type == tokenize.COMMENT or not token.line.strip():
-            name = ""
-            if heading := re.fullmatch(r"-+ (.+?) -+", words):
-                section = heading[1]
+    except (OSError, TypeError):  # a module made in memory has none
+        source = ""
+    section, comments = "settings", {}
+    for heading, name, comment in re.findall(COMMENT, source):
+        section = heading or section
+        if name:
+            comments[name] = section, re.sub(r" *\n *#", "", comment)
     return comments
+
+
+def check_combinations(s: Settings, places: Mapping[str, str], dataset_names: Collection[str] | None = None) -> None:
+    """Refuse settings that are allowed one by one, but not together. places: where those stand that are no flags."""
+
+    def refuse(names: str, allowed: str) -> NoReturn:
+        values = {name: getattr(s, name) for name in names.split()}
+        found = [f"{places[n]}{n} = {v!r}" if n in places else as_flags({n: v}) for n, v in values.items()]
+        error = UserError if values.keys() <= places.keys() else FlagError
+        beside = f" with {' and '.join(found[1:])}" if found[1:] else ""
+        raise error(f"{found[0]}{beside}: allowed are {allowed}.")
+
+    def nearest(value: int, allowed: Sequence[int]) -> str:
+        return " or ".join(map(str, sorted(sorted(allowed, key=lambda n: abs(n - value))[:2])))
+
+    if dataset_names is not None and s.DATASET not in dataset_names:
+        refuse("DATASET", ", ".join(dataset_names))
+    # GroupNorm has 8 groups in networks narrower than 128, else 32: norm_groups in src/model.py. A test compares them.
+    dims = [dim for dim in range(8, 1025, 8) if dim < 128 or dim % 32 == 0]
+    if s.UNET_DIM not in dims:
+        refuse("UNET_DIM", f"multiples of 8 below 128 and of 32 from there on, for example {nearest(s.UNET_DIM, dims)}")
+    factor = 2 ** (len(s.DIM_MULTS) - 1)  # each level but the last halves the image, and the last needs 2x2 pixels
+    sizes = range(max(8, 2 * factor), 1025, factor)
+    if s.IMAGE_SIZE not in sizes:
+        allowed = f"multiples of {factor} from {sizes.start} on, for example {nearest(s.IMAGE_SIZE, sizes)}"
+        refuse("IMAGE_SIZE DIM_MULTS", allowed)
+    levels = [s.IMAGE_SIZE >> level for level in range(len(s.DIM_MULTS))]
+    # Only flags: a constant or a preset may name the levels of several image sizes.
+    if "ATTENTION_RESOLUTIONS" not in places and not set(s.ATTENTION_RESOLUTIONS) <= set(levels):
+        refuse("ATTENTION_RESOLUTIONS IMAGE_SIZE DIM_MULTS", f"0 and the sizes of the levels, {as_text(levels)}")
+    if s.PRECISION == "fp16" and s.DEVICE == "cpu":
+        refuse("PRECISION DEVICE", "fp32 and bf16 on a CPU")
 
 
 # --- settings as values: printed, compared, read back ---------------------------------------------------
@@ -285,11 +222,8 @@ def as_text(value: Any) -> str:
 
 def as_flags(settings: Mapping[str, Any]) -> str:
     """Settings as the words of a command line, for messages: `--unet_dim 32 --dim_mults 1,2,2 --compile false`."""
-    words = []
-    for name, value in settings.items():
-        gap = "=" if as_text(value).startswith("-") else " "
-        words.append(f"--{name.lower()}{gap}{shlex.quote(as_text(value))}")
-    return " ".join(words)
+    pairs = [(name.lower(), as_text(value)) for name, value in settings.items()]
+    return " ".join(f"--{name}{'=' if value.startswith('-') else ' '}{shlex.quote(value)}" for name, value in pairs)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -300,17 +234,19 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[st
 
 def changed_from_defaults(settings: Settings, config: ModuleType) -> list[tuple[str, Any, Any]]:
     """(name, value in config.py, value of this run) of each setting that a preset or a flag changed."""
-    return differences(read_constants(config), settings._asdict())
+    return differences(read_config(config)[0], asdict(settings))
 
 
 def settings_from_dict(saved: Mapping[str, Any]) -> Settings:
-    """The settings that a checkpoint carries, checked like any others. Raises UserError."""
-    advice = "another version of this program wrote it. Use that version, or train again."
-    for name in [*RULES, *saved]:
-        if (name in RULES) != (name in saved):
-            problem = "has no" if name in RULES else "has an unknown"
-            raise UserError(f"The checkpoint {problem} setting {name}: {advice}")
+    """The settings of a checkpoint. Those that are newer than it take their defaults. Raises UserError."""
+    for name in [name for name in saved if name not in KINDS]:
+        raise UserError(f"The checkpoint has a setting {name} that this program does not know. Update this program (git pull).")
+    for f in fields(Settings):
+        if f.default is MISSING and f.name not in saved:
+            raise UserError(f"The checkpoint has no setting {f.name}; another program wrote it. Use another checkpoint.")
+    paths = {name: value for name, value in saved.items() if KINDS[name]["type"] is PATH["type"] and isinstance(value, str)}
+    others = {name: value for name, value in saved.items() if name not in paths}
     try:
-        return Settings(**{name: checked(name, value, "") for name, value in saved.items()})
+        return Settings(**checked(others, "The checkpoint has ") | paths)  # what was typed is expanded already
     except UserError as error:
-        raise UserError(f"The checkpoint has {str(error).rstrip('.')}: {advice}") from None
+        raise UserError(f"{error} Use another checkpoint.") from None

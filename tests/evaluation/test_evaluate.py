@@ -217,7 +217,7 @@ def refusal(capsys, *words: str) -> str:
         ("--nll --exact --nll_steps 5", "2 --exact, --nll_steps:"),
         ("--samples val --reference val", "2 --samples, --reference: both are val"),
         ("--npz --loss", "2 --npz: writes the pictures that --fid draws"),
-        ("--num_samples 0", "2 --num_samples: got '0', expected a whole number of at least 1"),
+        ("--num_samples 0", "2 --num_samples: got '0', expected a whole number from 1 to 1000000"),
         ("--nearest none", "2 --nearest: got 'none'"),
         ("--features no_such_network", "2 --features: got no_such_network"),
         ("--num_samples 20", "1 KID compares subsets of 1,000 pictures, but there are 20 samples"),

@@ -3,6 +3,7 @@
 import os
 import pickle
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,7 +29,7 @@ from src.runtime.checkpoint import (
 )
 from src.runtime.distributed import World
 from src.runtime.monitor import Meter
-from src.runtime.settings import RULES, resolve
+from src.runtime.settings import KINDS, resolve
 from src.utils import UserError
 from tests.runs import same, signal_at
 
@@ -58,7 +59,7 @@ class Parts:
 
     def checkpoints(self, folder: Path, settings, progress: Progress, saved=None) -> Checkpoints:
         images = SimpleNamespace(classes=["a"], class_ids=["a"])
-        return Checkpoints(settings._replace(CHECKPOINT_PATH=str(folder)), World(), images, progress, self.table, saved)
+        return Checkpoints(replace(settings, CHECKPOINT_PATH=str(folder)), World(), images, progress, self.table, saved)
 
     def save(self, path: Path, settings, step: int = 3) -> Path:
         self.checkpoints(path.parent, settings, Progress(step, 1, 0.5)).save(path.stem)
@@ -74,7 +75,7 @@ def test_what_is_saved_is_loaded_to_the_last_bit(tmp_path, settings):
     assert state.keys() == {"version", *TO_RESUME}
     assert same(state["model"], dict(parts.model.state_dict()))
     assert same(state["optimizer"], parts.optimizer.state_dict())
-    assert state["config"] == settings._replace(CHECKPOINT_PATH=str(tmp_path))
+    assert state["config"] == replace(settings, CHECKPOINT_PATH=str(tmp_path))
     assert same(load_checkpoint(tmp_path / "latest.pth", mmap=True), state)
 
 
@@ -169,7 +170,7 @@ def written(path: Path, content) -> Path:
         (torch.zeros(2), "is a file of another program"),
         ({"version": VERSION + 1}, rf"has format version {VERSION + 1}, this program reads up to {VERSION}. Update it"),
         ({"version": VERSION, "model": {}}, "lacks config, classes, class_ids, ema, step"),
-        ({key: {} for key in TO_RESUME} | {"version": VERSION}, "checkpoint has no setting DATASET: another version"),
+        ({key: {} for key in TO_RESUME} | {"version": VERSION}, "checkpoint has no setting DATASET; another program wrote it"),
     ],
 )
 def test_a_file_that_is_no_checkpoint_of_this_program_is_told_from_a_damaged_one(tmp_path, content, says):
@@ -246,15 +247,15 @@ def changed(settings, name: str):
     """The settings with another value of one of them, whatever its type."""
     value = getattr(settings, name)
     if name in OTHER:
-        return settings._replace(**{name: OTHER[name]})
+        return replace(settings, **{name: OTHER[name]})
     if isinstance(value, bool):
-        return settings._replace(**{name: not value})
+        return replace(settings, **{name: not value})
     if isinstance(value, (int, float)):
-        return settings._replace(**{name: value + 1})
-    return settings._replace(**{name: (*value, 1) if isinstance(value, tuple) else f"{value}2"})
+        return replace(settings, **{name: value + 1})
+    return replace(settings, **{name: (*value, 1) if isinstance(value, tuple) else f"{value}2"})
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", KINDS)
 def test_a_setting_is_free_or_asks_for_accept_changes_or_is_refused(settings, name):
     new = changed(settings, name)
     if name in FREE:
@@ -275,10 +276,10 @@ def test_what_names_places_speed_or_rhythm_is_free_and_what_makes_the_network_is
 
 
 def test_the_same_effective_batch_passes_and_another_is_refused(settings):
-    split = settings._replace(BATCH_SIZE=4, GRAD_ACCUM_STEPS=4)
-    check_resume(settings._replace(BATCH_SIZE=8, GRAD_ACCUM_STEPS=2), split, False)
+    split = replace(settings, BATCH_SIZE=4, GRAD_ACCUM_STEPS=4)
+    check_resume(replace(settings, BATCH_SIZE=8, GRAD_ACCUM_STEPS=2), split, False)
     with pytest.raises(CheckpointError, match="BATCH_SIZE 8 -> 4, GRAD_ACCUM_STEPS 1 -> 4"):
-        check_resume(settings._replace(BATCH_SIZE=8, GRAD_ACCUM_STEPS=1), split, False)
+        check_resume(replace(settings, BATCH_SIZE=8, GRAD_ACCUM_STEPS=1), split, False)
 
 
 def test_a_resumed_run_takes_the_new_settings_it_was_allowed(run):

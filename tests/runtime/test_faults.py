@@ -217,8 +217,8 @@ TrainBatches.__call__ = draw_infinite
 @fault("The loss or gradient is not finite")
 def not_finite(run):
     before = saved_run(run)
-    process = run.start_train(LEARNING_RATE=1e18, accept_changes=True).wait()
-    assert "of step 12 " in process.err  # step 11 made the weights huge, not infinite
+    process = run.start_train(INFINITE).wait()
+    assert "of step 14 " in process.err
     kept(run, before)
     return process
 
@@ -226,7 +226,8 @@ def not_finite(run):
 @fault("The gradient overflows fp16 at every scale")
 def fp16_overflows(run):
     before = saved_run(run)
-    process = run.start_train(INFINITE, PRECISION="fp16", DEVICE="auto", COMPILE=False, EPOCHS=100, SAVE_EVERY=1000).wait()
+    setup = INFINITE + "import src.runtime.device as d, torch; d.pick_precision = lambda *_: torch.float16"  # even on a CPU
+    process = run.start_train(setup, PRECISION="fp16", DEVICE="auto", COMPILE=False, EPOCHS=100, SAVE_EVERY=1000).wait()
     state = run.state()
     assert state["step"] >= 20 and all(weights.isfinite().all() for weights in state["model"].values())
     assert len(run.files("*.pth")) == len(before) + 1, "more was saved than latest.pth and its predecessor"
@@ -471,10 +472,17 @@ def of_a_newer_format(run, trained):
     return met_at_start(run, as_bytes(trained.state() | {"version": 99}))
 
 
-@fault("A checkpoint of another version of the settings")
-def of_other_settings(run, trained):
+@fault("A checkpoint that lacks a setting")
+def of_fewer_settings(run, trained):
     state = trained.state()
     del state["config"]["PREVIEW_STEPS"]
+    return met_at_start(run, as_bytes(state))
+
+
+@fault("A checkpoint with a setting of a newer program")
+def of_more_settings(run, trained):
+    state = trained.state()
+    state["config"]["FUTURE"] = 1
     return met_at_start(run, as_bytes(state))
 
 

@@ -1,0 +1,212 @@
+"""The flags of all scripts: every number has a range, every path is expanded, every refusal is one sentence."""
+
+import math
+import re
+
+import pytest
+import torch
+
+import config
+import evaluate
+import sample
+from src.runtime.device import pick_precision
+from src.runtime.flags import ELSEWHERE, PATH, TRUTH, FlagParser, choice, number, whole, wholes
+from src.runtime.settings import resolve
+from src.utils import FlagError
+
+SCRIPTS = {
+    "train.py": lambda argv: resolve(config, argv),
+    "sample.py": sample.read_flags,
+    "evaluate.py": evaluate.read_flags,
+}
+
+
+class Found(Exception):
+    pass
+
+
+def parser_of(script: str) -> FlagParser:
+    """The parser with which a script reads its flags."""
+
+    def catch(self, argv):
+        raise Found(self)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Found) as found:
+        patch.setattr(FlagParser, "parse", catch)
+        SCRIPTS[script]([])
+    return found.value.args[0]
+
+
+PARSERS = {script: parser_of(script) for script in SCRIPTS}
+
+
+def flags_with(word: str) -> list:
+    """(script, flag, what its value may be) of every flag that expects something with that word in it."""
+    return [
+        pytest.param(script, flag, action.type.__name__, id=f"{script} {flag}")
+        for script, parser in PARSERS.items()
+        for flag, action in parser._option_string_actions.items()
+        if action.type and word in action.type.__name__
+    ]
+
+
+def refusal(parser: FlagParser, *argv: str) -> str:
+    """The sentence with which these flags are refused, on one line."""
+    with pytest.raises(FlagError) as caught:
+        parser.parse(argv)
+    sentence = str(caught.value)
+    assert caught.value.exit_code == 2 and "\n" not in sentence
+    return sentence
+
+
+# --- values -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script, flag, expected", flags_with("number"))
+def test_every_number_has_a_range_and_what_lies_outside_is_refused(script, flag, expected):
+    parser = PARSERS[script]
+    if "whole" in expected:
+        low, high = map(int, re.search(r"from (-?\d+) to (\d+)", expected).groups())
+        inside, outside = [low, high], [low - 1, high + 1, 1.5]
+    else:
+        above, low, below, high = re.search(r"(above|of at least) (\S+) and (below|at most) (\S+)$", expected).groups()
+        low, high = float(low), float(high)
+        beyond = [math.nextafter(low, -1), math.nextafter(high, math.inf)]
+        inside = [math.nextafter(low, 1) if above == "above" else low, math.nextafter(high, 0) if below == "below" else high]
+        outside = beyond + [low] * (above == "above") + [high] * (below == "below")
+    outside += ["", " ", "many", "nan", "inf", "-inf", "-NAN", "1e999", 10**30, -(10**30)]
+    if "0 for none" in expected:
+        outside = [value for value in outside if value not in (0, "", " ")]
+    for value in inside:
+        parser.parse([flag, str(value)])
+    for value in outside:
+        for argv in ([flag, str(value)], [f"{flag}={value}"]):
+            assert refusal(parser, *argv) == f"{flag}: got {str(value)!r}, expected {expected}."
+
+
+def test_there_are_numbers_to_check():
+    assert len(flags_with("number")) > 40 and {param.values[0] for param in flags_with("number")} == SCRIPTS.keys()
+
+
+def test_the_pictures_of_interpolate_are_numbers_with_the_same_ranges():
+    assert PARSERS["sample.py"].parse(["--interpolate", "3,5:7"]).interpolate == [(None, 3), (5, 7)]
+    assert PARSERS["sample.py"].parse(["--interpolate"]).interpolate == "next"
+    for bad in ("3", "1,2,3", "1:2:3,4", "a,b", "-1,2", f"{2**32}:1,2", f"1,{10**30}", "nan,1", "", "1:,2"):
+        assert refusal(PARSERS["sample.py"], "--interpolate", bad).startswith(f"--interpolate: got {bad!r}, expected two")
+
+
+@pytest.mark.parametrize("script, flag, _", flags_with("a path"))
+def test_every_path_is_expanded_or_refused(monkeypatch, script, flag, _):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("PLACE", "/big disk")
+    monkeypatch.setenv("EMPTY", "")
+    read = lambda path: getattr(PARSERS[script].parse([flag, path]), flag[2:])  # noqa: E731
+    assert [read(path) for path in ("~", "~/a", "$PLACE/a", "${PLACE}s/$PLACE", "./a~b", "a/~")] == [
+        "/home/me", "/home/me/a", "/big disk/a", "/big disks//big disk", "./a~b", "a/~",
+    ]  # fmt: skip
+    for path, part in {"$NOPE/a": "$NOPE", "a/${NOPE}": "${NOPE}", "$EMPTY/a": "$EMPTY", "~no-one/a": "~no-one"}.items():
+        assert refusal(PARSERS[script], flag, path) == f"{flag}: got {path!r}, but {part} is not set."
+    assert refusal(PARSERS[script], flag, "") == f"{flag}: got '', expected a path."
+
+
+def test_every_flag_whose_name_says_that_it_is_a_path_is_one():
+    named = re.compile(r"--(.*_(path|dir)|checkpoint|samples|reference|features)")
+    flags = {(script, flag) for script, parser in PARSERS.items() for flag in parser._option_string_actions}
+    assert {pair for pair in flags if named.fullmatch(pair[1])} == {param.values[:2] for param in flags_with("a path")}
+
+
+def test_fp16_is_refused_on_a_device_that_turns_out_to_be_a_cpu():
+    with pytest.raises(FlagError, match=r"^--precision fp16: the device is a CPU; allowed there are fp32 and bf16\.$"):
+        pick_precision("fp16", torch.device("cpu"))
+    assert pick_precision("fp16", torch.device("cuda")) == torch.float16
+
+
+# --- flags that there are not -----------------------------------------------------------------------------
+
+
+HINTS = {
+    "train.py": {
+        "--batch_size": "--batchsize=64 --batch-size --BATCH_SIZE -batch_size batch_size=64 --batch --bs",
+        "--learning_rate": "--lr --LR=1e-3 --learning-rate",
+        "--device": "--gpu --gpus=0,1 --device_id --gpu-ids",
+        "--epochs": "--epoch --n_epochs --num-epochs",
+        "--max_steps": "--steps --iters",
+        "--image_size": "--resolution --img_size --size",
+        "--unet_dim": "--channels --dim",
+        "--time_steps": "--timesteps --num_timesteps --diffusion_steps",
+        "--beta_schedule": "--noise_schedule",
+        "--prediction": "--objective",
+        "--ema_decay": "--ema",
+        "--num_workers": "--workers",
+        "--data_path": "--data --dataset_path --root",
+        "--output_path": "--output --out",
+        "--checkpoint_path": "--resume --ckpt",
+        "--save_every": "--save_interval",
+        "--precision": "--fp16 --amp",
+        "--class_conditional": "--class_cond",
+        "": "--cfg_scale --colour -7 64",  # no flag comes near
+    },
+    "sample.py": {
+        "--output_dir": "--output --out --output_path",
+        "--checkpoint": "--resume --ckpt --checkpoint_path",
+        "--num_samples": "--n_samples --num_sample",
+        "--guidance": "--cfg --cfg_scale",
+        "--steps": "--ddim_steps --num_inference_steps",
+        "": "--lr --ema",
+    },
+    "evaluate.py": {"--device": "--gpu", "--num_samples": "--n_samples", "--output_dir": "--out"},
+}
+
+
+@pytest.mark.parametrize(
+    "script, word, hint",
+    [(script, word, hint) for script in HINTS for hint, words in HINTS[script].items() for word in words.split()],
+)
+def test_a_word_that_is_no_flag_is_answered_with_the_flag_that_was_meant(script, word, hint):
+    name, end = word.partition("=")[0], f"; did you mean {hint}?" if hint else "."
+    found = f"{name}: no such flag{end}" if word.startswith("-") else f"{name!r}: a word that belongs to no flag{end}"
+    assert refusal(PARSERS[script], word, "5") == f"{found} 'python {script} --help' lists them."
+    assert refusal(PARSERS[script], "--seed", "1", word).startswith(found)
+
+
+def test_h_is_help_and_only_that(capsys):
+    for word in ("-h", "--help"):
+        with pytest.raises(SystemExit) as ended:
+            PARSERS["train.py"].parse([word])
+        assert ended.value.code == 0 and "--horizontal_flip [BOOL]" in capsys.readouterr().out
+    assert "did you mean --horizontal_flip?" in refusal(PARSERS["train.py"], "-horizontal_flip")
+    assert refusal(PARSERS["train.py"], "a\nb", "").startswith("'a\\nb': a word that belongs to no flag.")
+
+
+def test_each_word_of_other_repositories_leads_to_a_flag_that_there_is():
+    flags = {flag for parser in PARSERS.values() for flag in parser._option_string_actions}
+    assert {f"--{ours}" for ours in ELSEWHERE} <= flags
+
+
+# --- a parser of one's own --------------------------------------------------------------------------------
+
+
+def test_another_script_has_flags_of_the_same_manner(monkeypatch, capsys):
+    parser = FlagParser("draw.py", description="Draw pictures.")
+    group = parser.add_argument_group("how")
+    group.add_argument("--steps", **whole(1, 50), default=20, help="steps of the sampler, 100%% of them (default: %(default)s)")
+    group.add_argument("--eta", **number(0, 1), default=0.0, help="randomness")
+    group.add_argument("--sizes", **wholes(1, 3, high=64), default=(8,), help="pixels")
+    group.add_argument("--sampler", **choice("ddpm", "ddim", "dpm++"), default="ddpm", help="which")
+    group.add_argument("--out", **PATH, default="~/pictures", help="where to")
+    group.add_argument("--gif", **TRUTH, default=False, help="also a GIF")
+    monkeypatch.setenv("HOME", "/home/me")
+    assert vars(parser.parse([])) == dict(steps=20, eta=0.0, sizes=(8,), sampler="ddpm", out="/home/me/pictures", gif=False)
+    read = parser.parse(["--steps=5", "--sampler", "DPM++", "--gif", "--sizes", "8,16", "--eta", "1e-2"])
+    assert vars(read) == dict(steps=5, eta=0.01, sizes=(8, 16), sampler="dpm++", out="/home/me/pictures", gif=True)
+    for argv, sentence in {
+        ("--eta", "-1"): "--eta: got '-1', expected a number of at least 0 and at most 1.",
+        ("--steps", "--gif"): "--steps: no value given, expected a whole number from 1 to 50.",
+        ("--sampler", 'it\'s "x", (y'): "--sampler: got 'it\\'s \"x\", (y', expected ddpm, ddim or dpm++.",
+        ("--gif=maybe",): "--gif: got 'maybe', expected true or false.",
+        ("--step", "5"): "--step: no such flag; did you mean --steps? 'python draw.py --help' lists them.",
+    }.items():
+        assert refusal(parser, *argv) == sentence
+    with pytest.raises(SystemExit) as ended:
+        parser.parse(["--help"])
+    assert ended.value.code == 0 and "100% of them (default: 20)" in capsys.readouterr().out
