@@ -168,10 +168,14 @@ class GaussianDiffusion(nn.Module):
         return (eps - noise).square().flatten(1).mean(1)
 
     def validation_losses(self, model: Model, x_0: Tensor, t: Tensor, noise: Tensor, y: Tensor | None = None) -> Tensor:
-        """The same times min(1, 5 / SNR), so that the least noisy steps do not rule the mean: there a small error of x_0 is a
-        large one of eps (the min-SNR weight of arXiv:2303.09556 with gamma 5, whatever the run trains with). Returns [B]."""
+        """The same times `validation_weights`. Returns [B]."""
+        return self.eps_losses(model, x_0, t, noise, y) * self.validation_weights().to(t.device)[t]
+
+    def validation_weights(self) -> Tensor:
+        """[T]: min(1, 5 / SNR), so that the least noisy steps do not rule the mean: there a small error of x_0 is a large one
+        of eps (the min-SNR weight of arXiv:2303.09556 with gamma 5, whatever the run trains with)."""
         snr = (self.signal / self.sigma).square()
-        return self.eps_losses(model, x_0, t, noise, y) * (5 / snr).clamp(max=1).to(t.device)[t]
+        return (5 / snr).clamp(max=1)
 
     # --- reverse process: Alg. 2 and its faster relatives in samplers.py ---------------------------------
 

@@ -1,108 +1,236 @@
-"""FID, KID, Inception Score, precision and recall: torch-fidelity's arithmetic on features that are already there."""
+"""FID, KID, Inception Score, precision and recall: the networks and the arithmetic of torch-fidelity.
 
-import zipfile
+A figure means something only beside others from the same network. Only FID from Inception with the published weights compares
+with published ones. Importing this module takes seconds, because torch-fidelity does.
+
+Features are kept here, not by torch-fidelity: its cache unpickles what it finds, and if it cannot write the figures are lost.
+"""
+
+import contextlib
+import hashlib
+import pickle
+import socket
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
-from torch_fidelity.version import __version__ as torch_fidelity_version
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY as NETWORKS
+from torch_fidelity.version import __version__ as version
+from tqdm import tqdm
 
-from src.evaluation.features import FeatureNetwork
-from src.evaluation.picture_set import PictureSet
+from src import noise
+from src.evaluation.picture_set import PictureSet, write_npz
+from src.evaluation.report import Evaluation, optional, say
+from src.runtime.pipeline import duration
 from src.utils import UserError, atomic_file
 
-LIBRARY = f"torch-fidelity {torch_fidelity_version}"
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"  # of the published weights
 KID_SUBSETS = 100
 NEIGHBOURHOOD = 3  # of precision and recall: the ball around a picture reaches to its third neighbour (arXiv:1904.06991)
-PRC_PICTURES = 10_000  # of each side at most, as the pairs grow with the square; more are drawn by lot, always the same
-ISC_SPLITS = 10
+PRC_PICTURES = 10_000  # of each side at most, because the pairs grow with the square
 SEED = 2020  # of the subsets and splits, torch-fidelity's own
+NAMES = {  # ours -> torch-fidelity's
+    "fid": "frechet_inception_distance",
+    "kid": "kernel_inception_distance_mean",
+    "kid_std": "kernel_inception_distance_std",
+    "inception_score": "inception_score_mean",
+    "inception_score_std": "inception_score_std",
+    "precision": "precision",
+    "recall": "recall",
+}
 
 
-def check_counts(samples: int, reference: int, kid_subset_size: int) -> None:
-    """Raises UserError where a statistic cannot be had from so few pictures."""
-    fewest = min(samples, reference)
-    if fewest < kid_subset_size:
-        raise UserError(
-            f"KID compares subsets of {kid_subset_size:,} pictures, but there are {samples:,} samples and {reference:,} "
-            f"reference pictures. Use more, e.g. with --num_samples, or a smaller --kid_subset_size."
-        )
-    if fewest < ISC_SPLITS:
-        raise UserError(
-            f"There are {samples:,} samples and {reference:,} reference pictures; precision, recall and the Inception Score "
-            f"need at least {ISC_SPLITS} of each, and FID thousands."
-        )
+def measure_distribution(ev: Evaluation) -> dict[str, Any]:
+    """How near the distribution of the pictures is to the reference's. All processes draw, the main one does the rest."""
+    flags, network = ev.flags, ev.network
+    reference, samples = ev.pictures(flags.reference), ev.samples(None if flags.samples else flags.num_samples)
+    if not ev.world.is_main:
+        return {}
+    if flags.npz:
+        with optional(ev.out.with_suffix(".npz"), "--output_dir"):
+            write_npz(ev.out.with_suffix(".npz"), samples.pixels)
+    if not network.is_published:
+        say("note", f"features of {network.name}: the figures compare with each other, not with published FID")
+    drawn = network.features(samples, flags.batch_size)
+    real = network.features(reference, flags.batch_size, ev.cache / "fidelity")
+    found = warnings(len(samples), len(reference), len(real["mu"]))
+    for warning in found:
+        say("warning", warning)
+    return {
+        "figures": figures(drawn, real, network.layers, flags.kid_subset_size),
+        "library": f"torch-fidelity {version}",
+        "network": network.name,
+        "comparable_with_published_inception_fid": network.is_published and not found,
+        "samples": samples.about() | ({} if flags.samples else ev.drawing()),
+        "reference": reference.about(),
+        "kid": f"{KID_SUBSETS} subsets of {flags.kid_subset_size}",
+        "precision_recall": f"neighbourhood {NEIGHBOURHOOD}, at most {PRC_PICTURES} pictures a side, by the same network's "
+        f"features {network.layers['prc']}",
+        "warnings": found,
+    }
 
 
-def warnings(samples: int, reference: int, dimensions: int) -> list[str]:
-    """What makes the figures worth less than they look."""
-    found = []
-    for name, count in (("samples", samples), ("reference pictures", reference)):
-        if count <= dimensions:
-            found.append(
-                f"FID from {count:,} {name} in {dimensions:,} dimensions: a covariance of less than full rank, "
-                f"the figure is far too large and compares with nothing"
-            )
-    if not found and samples < 10_000:
-        found.append(
-            f"FID from {samples:,} samples is biased upwards; compare only at equal numbers, and report 10,000 to 50,000"
-        )
-    return found
+class RandomConv(FeatureExtractorBase):
+    """Three convolutions with random weights, always the same ones, and the mean and deviation of each channel over the
+    picture. It sees colour, texture and noise but no objects: enough to rank and to test, at no download.
+
+    Features: "pooled" [N, 224], "logits" [N, 10], a random projection of them.
+    """
+
+    def __init__(self, name: str, features_list: list[str], **_: object):
+        super().__init__(name, features_list)
+        shapes = [(16, 3, 5, 5), (32, 16, 3, 3), (64, 32, 3, 3), (10, 224)]
+        keys = [noise.key(0, noise.WEIGHTS, torch.tensor([i])) for i in range(len(shapes))]
+        weights = [noise.normal(k, s)[0] * (2 / torch.Size(s[1:]).numel()) ** 0.5 for k, s in zip(keys, shapes)]
+        weights[0][8:] -= weights[0][8:].mean((2, 3), keepdim=True)  # half of them blind to flat colour: edges, noise, blur
+        self.weights = nn.ParameterList(nn.Parameter(weight, requires_grad=False) for weight in weights)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        *kernels, head = self.weights
+        x, pooled = x.float() / 127.5 - 1, []
+        for kernel in kernels:
+            x = F.relu(F.conv2d(x, kernel, stride=2, padding=kernel.shape[-1] // 2))
+            spread = x.flatten(2).std(2, correction=min(1, x[0, 0].numel() - 1))  # 0 where one pixel is left of the picture
+            pooled += [x.mean((2, 3)), spread]
+        features = {"pooled": 4 * torch.cat(pooled, 1)}
+        features["logits"] = features["pooled"] @ head.T
+        return tuple(features[layer] for layer in self.features_list)
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        return "pooled", "logits"
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        return "logits" if metric == "isc" else "pooled"
+
+
+class FeatureNetwork:
+    """The network that --features names: inception, a file of Inception weights, random, or another of torch-fidelity's.
+
+    layers: {"isc", "fid", "kid", "prc": the layer that the figure reads}.   name: for people.   is_published: whether its
+    FID is what papers report. Downloads weights that are not there. Raises UserError that says what to fetch.
+    """
+
+    def __init__(self, name: str, device: torch.device):
+        path, digest, options = Path(name), "", {}
+        if name == "inception":  # where torch-fidelity itself looks
+            path = Path(torch.hub.get_dir(), "checkpoints", URL_INCEPTION_V3.rpartition("/")[2])
+        with weights_advice(name, path):
+            if name == "inception" and not path.exists():
+                print(f"{path} is not there: downloading {URL_INCEPTION_V3}")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), INCEPTION_SHA256)
+            if name not in {"random", *NETWORKS}:
+                torch.load(
+                    path, map_location="cpu", weights_only=True
+                )  # torch-fidelity unpickles it: see first that no code runs
+                digest, options = hashlib.sha256(path.read_bytes()).hexdigest(), {"feature_extractor_weights_path": str(path)}
+            full_name = "inception-v3-compat" if digest else name
+            kind = RandomConv if name == "random" else NETWORKS[full_name]
+            self.layers = {figure: kind.get_default_feature_layer_for_metric(figure) for figure in ("isc", "fid", "kid", "prc")}
+            if not self.layers["isc"].startswith("logits"):
+                del self.layers["isc"]  # the Inception Score needs the probabilities of classes
+            module = kind(full_name, list(dict.fromkeys(self.layers.values())), **options)
+        self.module, self.device = module.to(device).eval().requires_grad_(False), device
+        self.is_published = digest == INCEPTION_SHA256
+        of_inception = "Inception v3, " + ("published weights" if self.is_published else f"weights of {path}")
+        self.name = of_inception if digest else "three random convolutions" if name == "random" else name
+        self.key = "-".join(filter(None, [full_name, digest[:8], f"tf{version}"]))  # for file names
+
+    @torch.no_grad()
+    def features(self, pictures: PictureSet, batch_size: int, folder: Path | None = None) -> dict[str, Tensor]:
+        """{layer: [N, D] float32, "mu": their mean in the layer of FID, "sigma": their covariance}, on the CPU. folder: where
+        they are kept, under the fingerprint of the pictures."""
+        file = folder / f"{pictures.fingerprint}-{self.key}.npz" if folder else None
+        if file:
+            with contextlib.suppress(Exception), np.load(file, allow_pickle=False) as kept:  # none yet, or damaged: go on
+                return {name: torch.from_numpy(kept[name]) for name in (*self.module.features_list, "mu", "sigma")}
+        parts = []
+        with tqdm(total=len(pictures), desc=f"features of {pictures.name}", unit=" pictures", disable=None) as bar:
+            for start in range(0, len(pictures), batch_size):
+                began = time.perf_counter()
+                batch = torch.from_numpy(np.array(pictures.pixels[start : start + batch_size]))
+                parts.append([output.cpu() for output in self.module(batch.to(self.device))])
+                if start == batch_size:  # the second, because the first one allocates and picks kernels
+                    seconds = (time.perf_counter() - began) * (len(pictures) - start) / len(batch)
+                    say("features", f"of {pictures.name}, by {self.name}: about {duration(seconds)}")
+                bar.update(len(batch))
+        found = dict(zip(self.module.features_list, map(torch.cat, zip(*parts))))
+        found |= {name: torch.from_numpy(x) for name, x in fid_features_to_statistics(found[self.layers["fid"]]).items()}
+        if file:
+            with optional(file, "--cache_path"), atomic_file(file) as out:
+                np.savez(out, **{name: x.numpy() for name, x in found.items()})
+        return found
 
 
 def figures(
-    samples: dict[str, Tensor], reference: dict[str, Tensor], statistics: dict, layers: dict[str, str], kid_subset_size: int
+    samples: dict[str, Tensor], reference: dict[str, Tensor], layers: dict[str, str], kid_subset_size: int
 ) -> dict[str, float]:
-    """All figures by name. samples, reference: {layer: [N, D]}.   statistics: of the reference, as `fid_statistics`."""
-    fid, kid, prc = layers["fid"], layers["kid"], layers["prc"]
-    values = fid_statistics_to_metric(fid_features_to_statistics(samples[fid]), statistics, verbose=False)
-    values |= kid_features_to_metric(
-        samples[kid], reference[kid], kid_subsets=KID_SUBSETS, kid_subset_size=kid_subset_size, rng_seed=SEED, verbose=False
-    )
-    values |= prc_features_to_metric(
-        some(samples[prc]),
-        some(reference[prc]),
-        prc_neighborhood=NEIGHBOURHOOD,
-        prc_batch_size=2500,
-        save_cpu_ram=True,
-        verbose=False,
-    )
+    """All figures by name. samples, reference: as FeatureNetwork.features gives them."""
+    kid, prc = layers["kid"], layers["prc"]
+    statistics = [{name: features[name].numpy() for name in ("mu", "sigma")} for features in (samples, reference)]
+    values = fid_statistics_to_metric(*statistics, verbose=False)
+    sizes = dict(kid_subsets=KID_SUBSETS, kid_subset_size=kid_subset_size)
+    values |= kid_features_to_metric(samples[kid], reference[kid], **sizes, rng_seed=SEED, verbose=False)
+    sizes = dict(prc_neighborhood=NEIGHBOURHOOD, prc_batch_size=2500, save_cpu_ram=True)
+    values |= prc_features_to_metric(some(samples[prc]), some(reference[prc]), **sizes, verbose=False)
     if "isc" in layers:
-        values |= isc_features_to_metric(samples[layers["isc"]], ISC_SPLITS, rng_seed=SEED)
-    names = {
-        "fid": "frechet_inception_distance",
-        "kid": "kernel_inception_distance_mean",
-        "kid_std": "kernel_inception_distance_std",
-        "inception_score": "inception_score_mean",
-        "inception_score_std": "inception_score_std",
-        "precision": "precision",
-        "recall": "recall",
-    }
-    return {name: values[theirs] for name, theirs in names.items() if theirs in values}
+        values |= isc_features_to_metric(samples[layers["isc"]], splits=10, rng_seed=SEED)
+    return {name: values[theirs] for name, theirs in NAMES.items() if theirs in values}
 
 
 def some(features: Tensor) -> Tensor:
-    """PRC_PICTURES of the rows at random, always the same ones; all of them where there are no more."""
+    """PRC_PICTURES of the rows at random, always the same ones; all of them if there are no more."""
     if len(features) <= PRC_PICTURES:
         return features
     return features[torch.randperm(len(features), generator=torch.Generator().manual_seed(SEED))[:PRC_PICTURES]]
 
 
-def fid_statistics(
-    network: FeatureNetwork, pictures: PictureSet, features: dict[str, Tensor], folder: Path
-) -> dict[str, np.ndarray]:
-    """Mean and covariance of a set's features, kept in `folder`: of 100,000 pictures in 2,048 dimensions they take a while."""
-    file = network.cache_file(pictures, f"{network.layers['fid']}-statistics", folder).with_suffix(".npz")
+def warnings(samples: int, reference: int, dimensions: int) -> list[str]:
+    """What makes the figures worth less than they look."""
+    found = [
+        f"FID from {count:,} {name} in {dimensions:,} dimensions: a covariance of less than full rank, "
+        f"the figure is far too large and compares with nothing"
+        for name, count in (("samples", samples), ("reference pictures", reference))
+        if count <= dimensions
+    ]
+    if not found and samples < 10_000:
+        found = [f"FID from {samples:,} samples is biased upwards; compare only at equal numbers, and report 10,000 to 50,000"]
+    return found
+
+
+@contextlib.contextmanager
+def weights_advice(name: str, path: Path) -> Iterator[None]:
+    """Say what to fetch and where to put it if weights cannot be downloaded or read. Never wait for ever."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)
     try:
-        with np.load(file, allow_pickle=False) as archive:
-            return {name: archive[name] for name in ("mu", "sigma")}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
-        statistics = fid_features_to_statistics(features[network.layers["fid"]])
-        with atomic_file(file) as out:
-            np.savez(out, **statistics)
-        return statistics
+        yield
+    except Exception as error:  # as many kinds as there are ways to damage a file or to lose a network
+        why = next(iter(str(error).splitlines()), type(error).__name__)[:120].rstrip(".:")
+        if isinstance(error, pickle.UnpicklingError):
+            why = "it is no file of tensors alone"
+        put = f"put it at {path}, or name it with" if name == "inception" else "name it with"
+        advice = f"Fetch {URL_INCEPTION_V3} with another machine and {put} --features"
+        if name in NETWORKS:
+            advice = (
+                "If torch.hub names a file above, fetch it with another machine and put it there; otherwise it needs a network"
+            )
+        raise UserError(
+            f"--features: the weights of {name} cannot be used ({why}). {advice}. --features random needs none, but its "
+            f"figures compare only with each other."
+        ) from None
+    finally:
+        socket.setdefaulttimeout(before)

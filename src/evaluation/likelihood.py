@@ -75,7 +75,7 @@ def step_terms(
     x_t = diffusion.q_sample(x_0, t, eps)
     x_0_hat = diffusion.to_x_0(model(x_t, t, y).float(), x_t, t)
     if clip_denoised:
-        x_0_hat = x_0_hat.clamp(-1, 1)
+        x_0_hat = torch.where(x_0_hat.isfinite(), x_0_hat.clamp(-1, 1), math.nan)  # infinity stays a fault
     t = t.cpu()
     terms = step_weights(diffusion)[t] * (x_0 - x_0_hat).square().flatten(1).sum(1).cpu().double()
     if (is_decoder := t == 0).any():  # its mean is x_0_hat itself, its variance that of the step before (sec. 3.2)
@@ -106,6 +106,18 @@ def stratum_terms(
     return len(part) * step_terms(diffusion, model, x_0, t.to(x_0.device), eps, y, **options)
 
 
-def mean_and_error(values: Tensor) -> tuple[float, float]:
-    """The mean of independent values and its standard error. values: [N], N at least 2."""
-    return values.mean().item(), (values.std() / len(values) ** 0.5).item()
+def mean_and_error(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of independent values and its standard error. values: [N, ...], N at least 2."""
+    return values.mean(0), values.std(0) / len(values) ** 0.5
+
+
+def summary(bits: Tensor, parts: list[range]) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """The bound with its standard error over images and its terms, and what each part of [0, T) adds.
+    bits: [N, 1 + len(parts)] bits per dimension, of the prior and then of each part."""
+    total, error = mean_and_error(bits.sum(1))
+    means, errors = (column.tolist() for column in mean_and_error(bits))
+    figures = {"total": total.item(), "standard_error": error.item(), "prior": means[0]}
+    if parts[0] == range(1):  # otherwise one part holds the decoder and some steps
+        figures |= {"steps": sum(means[2:]), "decoder": means[1]}
+    rows = zip(parts, means[1:], errors[1:])
+    return figures, [{"t_from": t[0], "t_to": t[-1], "sum": mean, "standard_error": error} for t, mean, error in rows]

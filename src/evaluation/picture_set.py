@@ -1,7 +1,6 @@
 """Sets of pictures to compare: a split of a checkpoint's dataset, a folder, an npz file, or what was just drawn."""
 
 import hashlib
-import zipfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,9 +10,10 @@ from tqdm import tqdm
 
 from src.data.decode import decoding, open_image, to_rgb, upright
 from src.data.folder import SUFFIXES, folders_below, pictures, what_is_in
-from src.utils import UserError, atomic_file
+from src.utils import UserError, atomic_file, reading
 
-SHEETS = {"grid.png", "interpolation.png", "denoising.gif"}  # what sample.py puts beside its pictures
+BESIDE = ("grid.png", "labels.csv", "settings.json")  # what sample.py writes beside its folder images
+SHEETS = {"grid.png", "interpolation.png", "denoising.gif"}  # what it wrote among its pictures before it had that folder
 
 
 @dataclass
@@ -38,23 +38,29 @@ class PictureSet:
             digest.update(np.ascontiguousarray(self.pixels[start : start + 4096]).data)
         return digest.hexdigest()[:16]
 
+    def mirrored(self) -> "PictureSet":
+        return PictureSet(self.name, np.ascontiguousarray(self.pixels[..., ::-1]))
+
     def about(self) -> dict[str, object]:
         return {"from": self.name, "count": len(self), "size": self.size, "fingerprint": self.fingerprint}
 
 
 def read_set(path: Path, flag: str) -> PictureSet:
     """A folder of pictures, read recursively, or an .npz. flag: which flag named it. Raises UserError."""
-    if path.is_dir():
-        return read_folder(path, flag)
-    if path.is_file() and path.suffix.lower() == ".npz":
-        return read_npz(path, flag)
-    raise UserError(
-        f"{flag}: {path} is neither a folder nor an .npz file; expected train, val, a folder of pictures or an .npz."
-    )
+    with reading(path, f"Fix its permissions, or choose another with {flag}."):
+        if path.is_dir():
+            return read_folder(path, flag)
+        if path.is_file() and path.suffix.lower() == ".npz":
+            return read_npz(path, flag)
+        problem = "is a file, but no .npz" if path.exists() else "is not there"
+    raise UserError(f"{flag}: {path} {problem}; expected train, val, a folder of pictures or an .npz file.")
 
 
 def read_folder(path: Path, flag: str) -> PictureSet:
-    """All pictures as they are, without resizing: another size is another statistic."""
+    """All pictures as they are, without resizing: another size is another statistic. Of a folder that sample.py wrote, the
+    pictures in its folder images."""
+    if (path / "images").is_dir() and any((path / name).exists() for name in BESIDE):
+        path = path / "images"
     files = [entry for folder in folders_below(path) for entry in pictures(folder)]
     sheets = [entry.name for entry in files if entry.name in SHEETS]
     files = [entry for entry in files if entry.name not in SHEETS]
@@ -62,11 +68,12 @@ def read_folder(path: Path, flag: str) -> PictureSet:
         print(f"note: {', '.join(sheets)} in {path} left out")
     if not files:
         raise UserError(f"{flag}: {path} holds no pictures, only {what_is_in(path)}. Pictures end in {' '.join(SUFFIXES)}.")
-    pixels: np.ndarray | None = None
+    pixels = np.empty((0, 0, 0, 0), dtype=np.uint8)
     for i, entry in enumerate(tqdm(files, desc="reading", unit=" pictures", disable=None, leave=False)):
+        image = open_image(entry.path)
         with decoding(entry.path):
-            picture = np.asarray(to_rgb(upright(open_image(entry.path)))).transpose(2, 0, 1)
-        if pixels is None:
+            picture = np.asarray(to_rgb(upright(image))).transpose(2, 0, 1)
+        if i == 0:
             pixels = np.empty((len(files), *picture.shape), dtype=np.uint8)
         if picture.shape != pixels.shape[1:]:
             (h, w), (height, width) = picture.shape[1:], pixels.shape[2:]
@@ -75,7 +82,6 @@ def read_folder(path: Path, flag: str) -> PictureSet:
                 f"Move it away, or resize them all."
             )
         pixels[i] = picture
-    assert pixels is not None
     return PictureSet(str(path), pixels)
 
 
@@ -84,12 +90,13 @@ def read_npz(path: Path, flag: str) -> PictureSet:
     expected = "expected arr_0, uint8 [N, H, W, 3], as 'sample.py --npz' writes it"
     try:
         with np.load(path, allow_pickle=False) as archive:
-            if "arr_0" not in archive:
-                raise UserError(f"{flag}: {path} holds {', '.join(archive) or 'nothing'}; {expected}.")
-            array = archive["arr_0"]
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{flag}: {path} cannot be read as an .npz ({str(error).splitlines()[0]}); {expected}.") from None
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or not len(array):
+            names, array = list(archive), archive.get("arr_0")
+    except Exception as error:  # as many kinds as there are ways to damage a file
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{flag}: {path} cannot be read as an .npz ({why}); {expected}.") from None
+    if array is None:
+        raise UserError(f"{flag}: {path} holds {', '.join(names) or 'nothing'}; {expected}.")
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or not array.size:
         raise UserError(f"{flag}: {path} holds arr_0, {array.dtype} {list(array.shape)}; {expected}.")
     return PictureSet(str(path), np.ascontiguousarray(array.transpose(0, 3, 1, 2)))
 

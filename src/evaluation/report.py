@@ -1,21 +1,26 @@
 """What evaluate.py measures with, and the report that it fills."""
 
+import contextlib
+import json
 import time
 from argparse import Namespace
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from src.dataset import Images, obtain, prepare
+from src.dataset import Images
 from src.evaluation.picture_set import PictureSet, read_set
+from src.runtime.build import open_images
 from src.runtime.device import describe, pick_device
 from src.runtime.distributed import World
 from src.runtime.pipeline import Pipeline, duration
-from src.utils import make_folder
+from src.utils import UserError, atomic_file, make_folder, writing
 
 SPLITS = ("train", "val")
 
@@ -25,104 +30,117 @@ class Evaluation:
 
     def __init__(self, flags: Namespace, world: World):
         self.flags, self.world = flags, world
-        own = {None, "train", "val"}  # what only a checkpoint can say
-        needed = flags.nll or flags.loss or flags.nearest or flags.samples in own or flags.reference in own
-        self.artist = Pipeline(flags, world) if needed else None
-        self.device = self.artist.device if self.artist else pick_device(flags.device, world.local_rank)
-        stem = Path(flags.checkpoint).stem if flags.samples is None or not flags.fid else Path(flags.samples).stem
+        own = {None, *SPLITS}  # what only a checkpoint can say
+        is_needed = flags.nll or flags.loss or flags.nearest or flags.samples in own or flags.reference in own
+        self.pipeline: Any = Pipeline(flags, world) if is_needed else None
+        self.settings: Any = None
+        self.cache = Path(flags.cache_path or "./data/cache")
+        if self.pipeline:
+            s = self.pipeline.settings
+            given = {name: getattr(flags, name.lower()) for name in ("DATA_PATH", "CACHE_PATH", "LOG_PATH", "VAL_IMAGES")}
+            self.settings = replace(s, **{name: value for name, value in given.items() if value})
+            self.cache = Path(self.settings.CACHE_PATH)
+        self.device = self.pipeline.device if self.pipeline else pick_device(flags.device, world.local_rank)
+        stem = Path(flags.checkpoint if flags.samples is None or not flags.fid else flags.samples).absolute().stem
         self.out = Path(flags.output_dir) / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}.json"
         make_folder(self.out.parent, "--output_dir")
-        self.cache = Path(flags.cache_path or (self.artist.settings.CACHE_PATH if self.artist else "./data/cache"))
-        self.splits: dict[str, Images] = {}
-        self.network: Any = None  # FeatureNetwork
-        self.drawn: np.ndarray | None = None
+        self.network: Any = None  # FeatureNetwork, in the main process
         self.report: dict[str, Any] = {"protocol": self.protocol()}
 
     def protocol(self) -> dict[str, Any]:
-        found: dict[str, Any] = {
-            "command": self.flags.command,
-            "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-            "device": describe(self.device),
-            "torch": str(torch.__version__),
-        }
-        if self.artist:
-            s = self.artist.settings
-            found |= {
-                "checkpoint": self.flags.checkpoint,
-                "step": self.artist.step,
-                "epoch": self.artist.epoch,
-                "weights": self.flags.weights,
-                "precision": str(self.artist.dtype).removeprefix("torch."),
-                "dataset": f"{s.DATASET}, {s.IMAGE_SIZE}x{s.IMAGE_SIZE}",
-            }
+        found: dict[str, Any] = {"command": self.flags.command, "date": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+        found |= {"device": describe(self.device), "torch": str(torch.__version__)}
+        if self.pipeline:
+            s, dtype = self.settings, str(self.pipeline.dtype).removeprefix("torch.")
+            found |= {"checkpoint": self.flags.checkpoint, "step": self.pipeline.step, "epoch": self.pipeline.epoch}
+            found |= {"weights": self.flags.weights, "precision": dtype}
+            found["dataset"] = f"{s.DATASET}, {s.IMAGE_SIZE}x{s.IMAGE_SIZE}"
         return found
 
-    @property
-    def size(self) -> str:
-        """Of the pictures that are drawn."""
-        assert self.artist
-        return f"{self.artist.shape[2]}x{self.artist.shape[1]}"
+    @cache  # noqa: B019 (there is one Evaluation)
+    def split(self, name: str) -> Images:
+        """The split "train" or "val" of the checkpoint's dataset. Raises UserError if its classes are not those trained on."""
+        with self.world.main_process_first():
+            images = open_images(self.settings, name)
+        if self.settings.CLASS_CONDITIONAL and images.classes != self.pipeline.classes:
+            raise UserError(
+                f"The checkpoint was trained on {beginning(self.pipeline.classes)}, but the data at {self.settings.DATA_PATH} "
+                f"have {beginning(images.classes)}. Name the data that it was trained on with --data_path."
+            )
+        return images
+
+    @cache  # noqa: B019
+    def pictures(self, source: str) -> PictureSet:
+        """What --samples or --reference names. Raises UserError."""
+        if source not in SPLITS:
+            return read_set(Path(source), "--samples" if source == self.flags.samples else "--reference")
+        return PictureSet(f"{self.settings.DATASET} {source}", np.asarray(self.split(source).images))
+
+    def samples(self, count: int | None) -> PictureSet:
+        """The first `count` pictures of --samples, or of the series that the flags draw. None: all."""
+        every = self.pictures(self.flags.samples) if self.flags.samples else self.drawn
+        return PictureSet(every.name, every.pixels[:count]) if count else every
+
+    @cached_property
+    def drawn(self) -> PictureSet:
+        """As many pictures of the series as --fid and --nearest need. All processes draw their part."""
+        flags, pipeline = self.flags, self.pipeline
+        count = max(flags.num_samples if flags.fid else 0, flags.nearest or 0)
+        say("drawing", f"{count:,} pictures: about {duration(pipeline.seconds(count, flags.batch_size))}")
+        pixels = torch.zeros(count, *pipeline.shape, dtype=torch.uint8)
+        steps = len(self.world.shard(range(0, count, flags.batch_size))) * pipeline.steps
+        with tqdm(total=steps, unit="step", disable=self.world.hides_bars, dynamic_ncols=True) as bar:
+            for batch, images in pipeline.series(flags.seed, range(count), flags.batch_size, bar):
+                pixels[batch[0] : batch[-1] + 1] = images
+        return PictureSet(f"{flags.checkpoint}, drawn", self.world.sum(pixels).numpy())  # those of other processes are 0 here
 
     def drawing(self) -> dict[str, Any]:
         """How pictures are drawn, for the protocol."""
-        assert self.artist
-        options = {"sampler": self.artist.sampler, "steps": self.artist.steps}
-        if self.flags.sampler == "ddim":
-            options["eta"] = self.artist.eta
-        if self.artist.labels is not None:
-            options |= {"guidance": self.artist.guidance, "classes": self.flags.classes}
+        pipeline = self.pipeline
+        options = {"sampler": pipeline.sampler, "steps": pipeline.steps}
+        if pipeline.sampler == "ddim":
+            options["eta"] = pipeline.eta
+        if pipeline.labels is not None:
+            options |= {"guidance": pipeline.guidance, "classes": self.flags.classes}
         return options | {"seed": self.flags.seed}
 
-    def split(self, name: str) -> Images:
-        """A split of the checkpoint's dataset."""
-        if name not in self.splits:
-            assert self.artist
-            s, path = self.artist.settings, self.flags.data_path or self.artist.settings.DATA_PATH
-            with self.world.main_process_first():
-                obtain(s.DATASET, path, s.DATA_URL, s.DATA_SIZE, s.DATA_MD5)
-                self.splits[name] = prepare(s.DATASET, path, name, s.IMAGE_SIZE, self.cache, s.NUM_WORKERS)
-        return self.splits[name]
+    def validation(self, count: int) -> dict[str, Any]:
+        """Which validation pictures, for the protocol: `count` of them, the same ones as long as the split is the same."""
+        labels = "given" if self.settings.CLASS_CONDITIONAL else "none"
+        return self.pictures("val").about() | {"used": count, "labels": labels}
 
-    def pictures(self, source: str, flag: str) -> PictureSet:
-        """What --samples or --reference names."""
-        if source in SPLITS:
-            assert self.artist
-            return PictureSet(f"{self.artist.settings.DATASET} {source}", np.asarray(self.split(source).images))
-        return read_set(Path(source), flag)
+    def curve(self, tag: str, points: Iterable[tuple[int, float]]) -> None:
+        """A TensorBoard curve over t, in a folder of this call alone, so that two evaluations are two curves."""
+        from src.runtime.monitor import EventFile  # here, because --help needs no TensorBoard
 
-    def held_out(self, count: int) -> dict[str, Any]:
-        """Which held-out pictures, for the protocol: `count` of them, always the same ones while the split is the same."""
-        assert self.artist
-        about = self.pictures("val", "").about()
-        return about | {"used": count, "labels": "given" if self.artist.settings.CLASS_CONDITIONAL else "none"}
+        folder = Path(self.settings.LOG_PATH) / "evaluate" / self.out.stem
+        with optional(folder, "--log_path"):
+            events = EventFile(folder)
+            for t, value in points:
+                events.scalar(t, tag, value)
+            events.close()
 
-    def features(self) -> Any:
-        """The network of --features, loaded once. Imported here: torch-fidelity takes seconds."""
-        if self.network is None:
-            from src.evaluation.features import load_features
+    def add(self, section: str, found: dict[str, Any]) -> None:
+        """Print a section, and write the report so far: an interrupted call keeps what is done."""
+        self.report[section] = found
+        show(section, found)
+        with writing(self.out, "--output_dir"), atomic_file(self.out) as file:
+            file.write((json.dumps(self.report, indent=2) + "\n").encode())
 
-            with self.world.main_process_first():  # the first may have to download the weights
-                self.network = load_features(self.flags.features or "inception", self.device, self.world)
-        return self.network
 
-    def draw(self, count: int) -> np.ndarray:
-        """The first `count` pictures of the series, uint8 [count, 3, S, S]; drawn once."""
-        if self.drawn is None or len(self.drawn) < count:
-            assert self.artist
-            flags, artist = self.flags, self.artist
-            say("drawing", f"{count:,} pictures: about {duration(artist.seconds(count, flags.batch_size))}")
-            drawn = torch.zeros(count, *artist.shape, dtype=torch.uint8)
-            steps = len(self.world.shard(range(0, count, flags.batch_size))) * artist.steps
-            with tqdm(total=steps, unit="step", disable=self.world.hides_bars, dynamic_ncols=True) as bar:
-                for batch, pictures in artist.series(flags.seed, range(count), flags.batch_size, bar):
-                    drawn[batch[0] : batch[-1] + 1] = pictures
-            self.drawn = self.world.sum(drawn).numpy()
-        return self.drawn[:count]
+@contextlib.contextmanager
+def optional(path: Path, flag: str) -> Iterator[None]:
+    """A block that writes what no figure needs: where it cannot, a warning says so and the evaluation goes on."""
+    try:
+        with writing(path, flag):
+            yield
+    except UserError as error:
+        say("warning", str(error))
 
-    def writer(self) -> SummaryWriter:
-        """Of a TensorBoard run of its own, so that two evaluations are two curves."""
-        assert self.artist
-        return SummaryWriter(Path(self.flags.log_path or self.artist.settings.LOG_PATH) / "evaluate" / self.out.stem)
+
+def beginning(classes: list[str]) -> str:
+    names = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
+    return f"{len(classes)} {'class' if len(classes) == 1 else 'classes'} ({names})"
 
 
 def say(title: str, words: str) -> None:
@@ -130,14 +148,13 @@ def say(title: str, words: str) -> None:
 
 
 def show(title: str, values: Any) -> None:
-    """A dict as lines, nested ones by dotted names; long lists only in the JSON."""
+    """A dict as lines, nested ones by dotted names; a list of dicts as a line each; other lists only in the JSON."""
     if isinstance(values, dict):
         for name, value in values.items():
-            show(f"{title}.{name}" if title else name, value)
-    elif not isinstance(values, list):
+            show(f"{title}.{name}", value)
+    elif isinstance(values, list):
+        for row in values:
+            if isinstance(row, dict):
+                say(title, "".join(f"{name} {value:<12.5g}" for name, value in row.items()))
+    else:
         say(f"{title:<44}", f"{values:.5g}" if isinstance(values, float) else str(values))
-    elif values and isinstance(values[0], dict):
-        names = list(values[0])
-        print(title)
-        for row in [dict(zip(names, names)), *values]:
-            print("  " + "".join(f"{f'{x:.5g}' if isinstance(x, float) else x:>16}" for x in row.values()))

@@ -97,6 +97,11 @@ class Pipeline:
         self.steps = flags.steps or min(most, DEFAULT_STEPS.get(flags.sampler, most))
         if not s.CLASS_CONDITIONAL and (flags.classes != "all" or flags.guidance != 1):
             raise FlagError("--classes, --guidance: this checkpoint knows no classes; train with --class_conditional true.")
+        if s.CLASS_CONDITIONAL and not s.LABEL_DROPOUT and flags.guidance != 1:
+            raise FlagError(
+                f"--guidance: got {flags.guidance:g}, but this checkpoint was trained with LABEL_DROPOUT 0: it saw no hidden "
+                f"label. Allowed is 1; for other values train with --label_dropout 0.1."
+            )
         self.labels = parse_classes(flags.classes, self.classes, self.class_ids) if s.CLASS_CONDITIONAL else None
         self.device = pick_device(flags.device, world.local_rank)
         self.dtype = pick_precision(flags.precision, self.device)

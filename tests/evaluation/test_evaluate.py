@@ -1,127 +1,54 @@
-"""evaluate.py: its figures against torch-fidelity called directly and against train.py, its protocol, and its refusals."""
+"""evaluate.py as a whole: it measures what train.py and sample.py do, reports it, and refuses before it draws."""
 
+import copy
 import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch_fidelity
-from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import config
 import evaluate
 import train
 from src.dataset import DeviceImages
-from src.ema import EMA
-from src.evaluation.features import INCEPTION_SHA256, RandomConv, load_features
-from src.evaluation.nearest import nearest, nearest_mirrored
-from src.evaluation.picture_set import PictureSet
-from src.runtime.build import build_diffusion, build_model, build_optimizer, open_images
-from src.runtime.checkpoint import Checkpoints, Progress
+from src.runtime.build import build_diffusion, open_images
 from src.runtime.distributed import World
-from src.runtime.monitor import Meter
-from src.runtime.settings import resolve
-
-CPU = torch.device("cpu")
-PICTURES = 120  # 114 for training, 6 held out
+from src.runtime.pipeline import Pipeline
+from tests.evaluation.conftest import random_pictures, write_folder
+from tests.runs import ROOT
 
 
-def random_pictures(count, seed, size=16):
-    """uint8 [count, 3, size, size]: sixteen squares, tinted, with a little noise."""
-    random = np.random.default_rng(seed)
-    coarse = random.integers(0, 256, (count, 3, 4, 4)).repeat(size // 4, 2).repeat(size // 4, 3)
-    tint, noise = random.integers(0, 100, (count, 3, 1, 1)), random.normal(0, 5, coarse.shape)
-    return np.clip(coarse * 0.6 + tint + noise, 0, 255).astype(np.uint8)
+def scalars(folder: Path) -> dict[str, dict[int, float]]:
+    """{tag: {t: value}} of the curves of one call."""
+    (run,) = folder.glob("evaluate/*")
+    events = EventAccumulator(str(run)).Reload()
+    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
 
 
-def write_folder(folder: Path, pixels) -> Path:
-    folder.mkdir(parents=True)
-    for i, picture in enumerate(pixels):
-        Image.fromarray(picture.transpose(1, 2, 0)).save(folder / f"{i:04}.png")
-    return folder
+# --- what it measures -----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A checkpoint of a tiny network with random weights, its pictures, and a way to call evaluate.py on it."""
-    root = tmp_path_factory.mktemp("evaluate")
-    write_folder(root / "data", random_pictures(PICTURES, seed=0))
-    network = "--image_size 16 --unet_dim 8 --dim_mults 1,2 --num_res_blocks 1 --attention_resolutions 0 --time_steps 30"
-    paths = f"--data_path {root}/data --cache_path {root}/cache --log_path {root}/logs"
-    settings = resolve(config, f"--dataset folder --num_workers 0 --batch_size 4 {network} {paths}".split()).settings
-    model = build_model(settings, 1)
-    with torch.no_grad():
-        for i, weight in enumerate(model.parameters()):  # the head begins at 0: let it say something
-            weight += 0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(i))
-    parts = {"model": model, "ema": EMA(model, 0.9).model, "optimizer": build_optimizer(settings, model)}
-    parts |= {"scaler": torch.amp.GradScaler("cpu", enabled=False), "meter": Meter(30, CPU)}
-    images = SimpleNamespace(classes=["data"], class_ids=["data"])
-    Checkpoints(settings._replace(CHECKPOINT_PATH=str(root)), World(), images, Progress(7, 1), parts, None).save("tiny")
-
-    def call(*words: str, fresh: str = "") -> dict:
-        out = root / "reports" / (fresh or str(len(list(root.glob("reports/*")))))
-        always = ["--checkpoint", str(root / "tiny.pth"), "--output_dir", str(out), "--device", "cpu", "--precision", "fp32"]
-        assert evaluate.main([*always, *words]) == 0
-        return json.loads(next(out.glob("*.json")).read_text())
-
-    return SimpleNamespace(root=root, settings=settings, model=model, call=call)
+def test_pictures_drawn_are_those_of_the_npz_and_of_any_batch_size(tiny):
+    words = ["--num_samples", "12", "--steps", "3"]
+    one = tiny.call("--fid", *words, "--npz", "--nearest", "14")  # more than --fid draws
+    other = tiny.call(*words, "--batch_size", "5")
+    npz = one.path.with_suffix(".npz")
+    assert np.load(npz)["arr_0"].shape == (12, 16, 16, 3)
+    again = tiny.call("--samples", npz)
+    assert again.distribution["figures"] == one.distribution["figures"]
+    assert again.distribution["samples"]["fingerprint"] == one.distribution["samples"]["fingerprint"]
+    assert other.distribution["figures"]["fid"] == pytest.approx(one.distribution["figures"]["fid"], rel=1e-3)
 
 
-# --- FID and its relatives ------------------------------------------------------------------------------
-
-
-def test_two_folders_give_what_torch_fidelity_gives_when_called_directly(run, tmp_path):
-    a, b = (write_folder(tmp_path / name, random_pictures(60 + seed, seed)) for name, seed in (("a", 1), ("b", 2)))
-    words = [
-        "--samples",
-        str(a),
-        "--reference",
-        str(b),
-        "--features",
-        "random",
-        "--kid_subset_size",
-        "40",
-        "--batch_size",
-        "32",
-    ]
-    report = run.call(*words, "--cache_path", str(tmp_path / "cache"))
-    if "random" not in torch_fidelity.registry.FEATURE_EXTRACTORS_REGISTRY:
-        torch_fidelity.register_feature_extractor("random", RandomConv)
-    direct = torch_fidelity.calculate_metrics(
-        input1=str(a), input2=str(b), cuda=False, fid=True, kid=True, isc=True, prc=True, feature_extractor="random",
-        kid_subset_size=40, save_cpu_ram=True, cache=False, verbose=False, batch_size=32,
-    )  # fmt: skip
-    figures = report["distribution"]["figures"]
-    for ours, theirs in {
-        "fid": "frechet_inception_distance",
-        "kid": "kernel_inception_distance_mean",
-        "kid_std": "kernel_inception_distance_std",
-        "inception_score": "inception_score_mean",
-        "inception_score_std": "inception_score_std",
-        "precision": "precision",
-        "recall": "recall",
-    }.items():
-        assert figures[ours] == pytest.approx(direct[theirs], rel=1e-5, abs=1e-7), ours
-    assert not report["distribution"]["comparable_with_published_inception_fid"]
-
-
-def test_pictures_drawn_into_the_metric_are_those_of_the_npz_and_of_any_batch_size(run):
-    words = ["--num_samples", "12", "--steps", "3", "--features", "random", "--kid_subset_size", "10"]
-    one = run.call(*words, "--npz", fresh="npz")
-    other = run.call(*words, "--batch_size", "5")
-    drawn = next((run.root / "reports" / "npz").glob("*.npz"))
-    again = run.call("--samples", str(drawn), "--features", "random", "--kid_subset_size", "10")
-    assert again["distribution"]["figures"] == one["distribution"]["figures"]
-    assert again["distribution"]["samples"]["fingerprint"] == one["distribution"]["samples"]["fingerprint"]
-    assert other["distribution"]["figures"]["fid"] == pytest.approx(one["distribution"]["figures"]["fid"], rel=1e-3)
-
-
-def test_the_report_says_what_was_measured_and_how(run):
-    report = run.call("--num_samples", "12", "--steps", "2", "--sampler", "ddim", "--eta", "0.5", "--features", "random",
-                      "--kid_subset_size", "10")  # fmt: skip
-    protocol, distribution = report["protocol"], report["distribution"]
+def test_the_report_says_what_was_measured_and_how(tiny):
+    report = tiny.call("--num_samples", "12", "--steps", "2", "--sampler", "ddim", "--eta", "0.5")
+    protocol, distribution = report.protocol, report.distribution
     assert protocol["checkpoint"].endswith("tiny.pth") and protocol["step"] == 7 and protocol["weights"] == "ema"
     assert protocol["precision"] == "float32" and "CPU" in protocol["device"] and "--sampler ddim" in protocol["command"]
     assert distribution["library"] == f"torch-fidelity {torch_fidelity.__version__}"
@@ -133,81 +60,95 @@ def test_the_report_says_what_was_measured_and_how(run):
     assert any("full rank" in warning for warning in distribution["warnings"])
 
 
-def test_the_references_features_are_kept_and_a_damaged_file_is_made_again(run, tmp_path):
-    pictures, network = PictureSet("a", random_pictures(20, 3)), load_features("random", CPU)
-    first = network.cached(pictures, 8, CPU, tmp_path)
-    files = sorted(tmp_path.iterdir())
-    assert [file.name.split("-")[0] for file in files] == [pictures.fingerprint] * 2
-    network.module.forward = None  # what is kept is not computed
-    assert torch.equal(network.cached(pictures, 8, CPU, tmp_path)["pooled"], first["pooled"])
-    del network.module.forward
-    files[0].write_bytes(b"damaged")
-    assert torch.equal(network.cached(pictures, 3, CPU, tmp_path)["logits"], first["logits"])
-    assert PictureSet("b", random_pictures(20, 4)).fingerprint != pictures.fingerprint
-
-
-# --- bound and loss -------------------------------------------------------------------------------------
-
-
-def test_exact_and_drawn_bounds_agree_and_terms_add_up(run):
-    exact, drawn = (run.call("--nll", *words)["bound"] for words in (["--exact"], ["--nll_steps", "12"]))
-    figures = exact["bits_per_dimension"]
+def test_exact_and_drawn_bounds_agree_and_terms_add_up(tiny, tmp_path):
+    exact = tiny.call("--nll", "--exact", "--log_path", tmp_path).bound
+    drawn = tiny.call("--nll", "--nll_steps", "12").bound
+    figures, rows = exact["bits_per_dimension"], exact["by_t"]
     assert figures["total"] == pytest.approx(sum(figures[name] for name in ("prior", "steps", "decoder")), rel=1e-9)
-    assert figures["total"] == pytest.approx(figures["prior"] + sum(row["sum"] for row in exact["by_t"]), rel=1e-9)
-    assert [row["t_from"] for row in exact["by_t"]] == list(range(30)) and len(drawn["by_t"]) == 12
+    assert figures["total"] == pytest.approx(figures["prior"] + sum(row["sum"] for row in rows), rel=1e-9)
+    assert [row["t_from"] for row in rows] == list(range(30)) and len(drawn["by_t"]) == 12
     assert abs(drawn["bits_per_dimension"]["total"] - figures["total"]) < 3 * drawn["bits_per_dimension"]["standard_error"]
-    assert list((run.root / "logs" / "evaluate").glob("*/events*"))
+    curves = scalars(tmp_path)
+    each, from_t_on = (curves[f"bound/bits_per_dimension_{name}"] for name in ("of_step_t", "from_t_on"))
+    assert each == pytest.approx({row["t_from"]: row["sum"] for row in rows}, rel=1e-5)
+    assert from_t_on[0] == pytest.approx(sum(each.values()), rel=1e-5) and from_t_on[29] == pytest.approx(each[29])
 
 
-def test_the_loss_is_the_one_that_train_logs(run):
-    s, loss = run.settings, run.call("--loss")["loss"]
-    images = DeviceImages(open_images(s, "val"), "cpu")
-    logged = train.validate(s, World(), build_diffusion(s), run.model.eval(), images)
+def test_the_loss_is_the_one_that_train_logs(tiny, tmp_path):
+    s, loss = tiny.settings, tiny.call("--loss", "--log_path", tmp_path).loss
+    images, diffusion = DeviceImages(open_images(s, "val"), "cpu"), build_diffusion(s)
+    logged = train.validate(s, World(), diffusion, tiny.model.eval(), images)
     assert loss["held_out"] == pytest.approx(logged, rel=1e-6)  # another memory layout
     bins = loss["by_t"]
-    assert sum(row["loss"] * row["count"] for row in bins) / 6 == pytest.approx(loss["held_out"])
+    assert [row["t_to"] for row in bins] == [row["t_from"] - 1 for row in bins[1:]] + [29] and bins[0]["t_from"] == 0
+    weights = diffusion.validation_weights()
+    bounds = [(weights[row["t_from"] : row["t_to"] + 1], row["loss"] * row["count"]) for row in bins]
+    total = sum(row["count"] for row in bins)
+    assert sum(w.min() * x for w, x in bounds) <= logged * total * 1.0001 and logged * total <= sum(
+        w.max() * x for w, x in bounds
+    )
+    curve = scalars(tmp_path)["loss/eps_by_t"]
+    assert [*curve.values()] == pytest.approx([row["loss"] for row in bins], rel=1e-5)
 
 
-# --- neighbours -----------------------------------------------------------------------------------------
-
-
-def test_the_nearest_are_those_of_all_pairs_compared():
-    queries, pool = torch.from_numpy(random_pictures(5, 1)), random_pictures(300, 2)
-    distances, rows = nearest(queries, pool, 4, CPU)
-    pairs = torch.cdist(queries.double().flatten(1), torch.from_numpy(pool).double().flatten(1))
-    expected = pairs.sort(dim=1)
-    torch.testing.assert_close(distances, expected.values[:, :4])
-    assert torch.equal(rows, expected.indices[:, :4])
-
-
-def test_a_mirrored_copy_is_found_and_no_picture_is_named_twice():
-    pool = random_pictures(50, 2)
-    queries = torch.tensor(pool[[7, 9]])
-    queries[1] = queries[1].flip(-1)
-    found = nearest_mirrored(queries, queries.flip(-1), pool, 5, CPU)
-    assert found.rows[:, 0].tolist() == [7, 9] and found.mirrored[:, 0].tolist() == [False, True]
-    assert found.distances[:, 0].tolist() == [0, 0]
-    assert all(len(set(rows)) == 5 for rows in found.rows.tolist())
-
-
-def test_copies_of_training_pictures_have_distance_0_and_noise_is_far(run):
-    copies = run.call("--nearest", "6", "--samples", "train", fresh="copies")["nearest"]["pixels"]
-    assert copies["ratio"] == 0 and copies["mean_distance_of_held_out"] > 0
-    assert Path(copies["sheet"]).exists()
-    drawn = run.call("--nearest", "4", "--steps", "2", "--features", "random")["nearest"]
+def test_copies_of_training_pictures_have_distance_0_and_noise_is_far(tiny):
+    copies = tiny.call("--nearest", "6", "--samples", "train").nearest
+    assert copies["pixels"]["ratio"] == 0 and copies["pixels"]["mean_distance_of_held_out"] > 0
+    assert Path(copies["pixels"]["sheet"]).exists() and copies["features"]["ratio"] == 0
+    drawn = tiny.call("--nearest", "4", "--steps", "2").nearest
     assert drawn["pixels"]["ratio"] > 0.5 and drawn["features"]["ratio"] > 0.5
+
+
+# --- what must not cost a figure ------------------------------------------------------------------------
+
+
+def test_logs_that_cannot_be_written_cost_a_warning_and_no_figure(tiny, tmp_path, capsys):
+    (tmp_path / "logs").write_text("as a folder of another machine that cannot be made")
+    report = tiny.call("--loss", "--nll", "--nll_steps", "2", "--log_path", tmp_path / "logs")
+    out = capsys.readouterr().out
+    assert f"warning     Cannot write to {tmp_path / 'logs' / 'evaluate'}" in out and "--log_path" in out
+    assert report.loss["held_out"] > 0 and report.bound["bits_per_dimension"]["total"] > 0
+
+
+def test_figures_are_printed_before_they_are_written(tiny, tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("src.evaluation.report.atomic_file", full)
+    assert evaluate.main(tiny.words("--loss", "--log_path", str(tmp_path))) == 1
+    said = capsys.readouterr()
+    assert "loss.held_out " in said.out and "No space left on device" in said.err and "--output_dir" in said.err
+
+
+def test_names_that_are_no_utf_8_are_in_the_report_and_in_tensorboard(tiny, tmp_path):
+    folder = write_folder(tmp_path / os.fsdecode(b"pictures\xff"), random_pictures(12, 1))
+    report = tiny.call("--samples", folder)
+    assert report.distribution["samples"]["from"] == str(folder) and "\\udcff" in report.path.read_text(encoding="ascii")
+    words = ["--output_dir", tmp_path / os.fsdecode(b"\xfe"), "--log_path", tmp_path / os.fsdecode(b"\xfd")]
+    assert evaluate.main(tiny.words("--loss", *words)) == 0
+    (tmp_path / os.fsdecode(b"\xfd")).rename(tmp_path / "logs")  # TensorBoard's reader takes no such path
+    assert scalars(tmp_path / "logs")["loss/eps_by_t"] and [*tmp_path.glob("*/tiny*.json")]
 
 
 # --- refusals -------------------------------------------------------------------------------------------
 
 
-def refusal(capsys, *words: str) -> str:
-    """The one sentence on stderr."""
+def refusal(capsys, argv) -> str:
+    """The exit code, and the one sentence on stderr."""
     capsys.readouterr()
-    code = evaluate.main(words)
+    code = evaluate.main(argv)
     lines = [line for line in capsys.readouterr().err.splitlines() if "it/s" not in line and "\r" not in line and line.strip()]
     assert len(lines) == 1 and lines[0].startswith("evaluate.py: "), lines
     return f"{code} {lines[0].removeprefix('evaluate.py: ')}"
+
+
+@pytest.fixture
+def draws_nothing(monkeypatch):
+    """A call that measures anything, or imports torch-fidelity, which takes seconds, fails."""
+    for name in [name for name in sys.modules if name.startswith("torch_fidelity") or name == "src.evaluation.distribution"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    monkeypatch.setattr(Pipeline, "seconds_per_call", None)
 
 
 @pytest.mark.parametrize(
@@ -215,67 +156,77 @@ def refusal(capsys, *words: str) -> str:
     [
         ("--exact", "2 --exact: belongs to --nll"),
         ("--nll --exact --nll_steps 5", "2 --exact, --nll_steps:"),
-        ("--samples val --reference val", "2 --samples, --reference: both are val"),
         ("--npz --loss", "2 --npz: writes the pictures that --fid draws"),
         ("--num_samples 0", "2 --num_samples: got '0', expected a whole number from 1 to 1000000"),
         ("--nearest none", "2 --nearest: got 'none'"),
-        ("--features no_such_network", "2 --features: got no_such_network"),
-        ("--num_samples 20", "1 KID compares subsets of 1,000 pictures, but there are 20 samples"),
-        ("--num_samples 5 --kid_subset_size 2", "1 There are 5 samples and 114 reference pictures"),
-        ("--reference nowhere", "1 --reference: nowhere is neither a folder nor an .npz"),
-        ("--samples {root}/empty", "1 --samples: {root}/empty holds no pictures"),
-        ("--samples {root}/larger", "1 The pictures are 32x32 and the reference 16x16"),
-        ("--samples {root}/mixed", "1 --samples: {root}/mixed/0001.png is 32x32, the first picture 16x16"),
-        ("--samples {root}/broken.npz", "1 --samples: {root}/broken.npz cannot be read as an .npz"),
-        ("--samples {root}/other.npz", "1 --samples: {root}/other.npz holds pictures; expected arr_0"),
-        ("--samples {root}/float.npz", "1 --samples: {root}/float.npz holds arr_0, float64"),
-        ("--features {root}/broken.npz", "1 --features: {root}/broken.npz cannot be opened as weights"),
-        ("--features {root}/weights.pth", "1 --features: {root}/weights.pth holds no Inception weights"),
+        ("--features no_such_network", "2 --features: no_such_network is no file and no network; allowed are"),
+        ("--features {root}", "2 --features: {root} is a folder, but a file of weights is needed"),
         ("--steps 99", "2 --steps: got 99"),
+        ("--samples val --reference val", "2 --samples, --reference: both are the same pictures"),
+        ("--samples {root}/val --reference {root}/val.npz", "2 --samples, --reference: both are the same pictures"),
+        ("--loss --fid --num_samples 20 --kid_subset_size 1000", "1 There are 20 samples and 114 reference pictures"),
+        ("--num_samples 5 --kid_subset_size 2", "1 There are 5 samples and 114 reference pictures"),
+        ("--loss --fid --reference nowhere", "1 --reference: nowhere is not there"),
+        ("--loss --fid --samples {root}/larger", "1 The samples are 32x32, and folder train is 16x16"),
+        ("--loss --nearest --samples {root}/larger", "1 The samples are 32x32, and folder train is 16x16"),
+        ("--fid --reference {root}/larger", "1 The samples are 16x16, and {root}/larger is 32x32"),
+        ("--loss --nll --data_path {root}/two", "1 --nll: there is one validation picture"),
+        ("--checkpoint {root}/data --loss", "1 Cannot read {root}/data: it is a folder, and a file is needed"),
+        ("--loss --output_dir {root}/tiny.pth", "1 Cannot write to {root}/tiny.pth: a file stands where a folder is needed"),
     ],
 )
-def test_bad_input_gets_one_sentence(run, capsys, words, expected):
-    root = run.root
-    if not (root / "empty").exists():
-        (root / "empty").mkdir()
+def test_what_cannot_be_measured_is_refused_before_anything_is(tiny, capsys, draws_nothing, words, expected):
+    root = tiny.root
+    if not (root / "larger").exists():
         write_folder(root / "larger", random_pictures(12, 0, size=32))
-        write_folder(root / "mixed", random_pictures(2, 0))
-        Image.new("RGB", (32, 32)).save(root / "mixed" / "0001.png")
-        (root / "broken.npz").write_bytes(b"PK\x03\x04 not a zip")
-        np.savez(root / "other.npz", pictures=np.zeros(3))
-        np.savez(root / "float.npz", arr_0=np.zeros((2, 16, 16, 3)))
-        torch.save({"some.weight": torch.zeros(3)}, root / "weights.pth")
-    small = [] if "kid_subset_size" in words or "1,000" in expected else ["--kid_subset_size", "10"]
-    count = [] if "num_samples" in words else ["--num_samples", "12"]
-    always = ["--checkpoint", f"{root}/tiny.pth", "--output_dir", f"{root}/refused", "--device", "cpu"]
-    features = [] if "--features" in words else ["--features", "random"]
-    sentence = refusal(capsys, *always, *small, *count, *features, *words.format(root=root).split())
+        write_folder(root / "two", random_pictures(2, 0))
+        np.savez(root / "val.npz", arr_0=random_pictures(12, 7).transpose(0, 2, 3, 1))
+        write_folder(root / "val", random_pictures(12, 7))
+    argv = tiny.words("--num_samples", "12", *words.format(root=root).split())
+    sentence = refusal(capsys, argv)
     assert sentence.startswith(expected.format(root=root)), sentence
 
 
-def test_weights_that_cannot_be_had_are_named_with_where_to_put_them(run, capsys, monkeypatch, tmp_path):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(
-        "src.evaluation.features.URL_INCEPTION_V3", "http://127.0.0.1:9/weights-inception.pth"
-    )  # nobody listens there
-    words = ["--checkpoint", f"{run.root}/tiny.pth", "--output_dir", f"{run.root}/refused", "--kid_subset_size", "10"]
-    sentence = refusal(capsys, *words, "--num_samples", "12")
-    assert "Fetch http://127.0.0.1:9/weights-inception.pth" in sentence
-    assert (
-        f"put it at {tmp_path / 'hub' / 'checkpoints' / 'weights-inception.pth'}" in sentence
-        and "--features random" in sentence
-    )
+def test_data_with_other_classes_than_the_checkpoints_are_refused(tiny, capsys, draws_nothing):
+    settings = replace(tiny.settings, CLASS_CONDITIONAL=True)
+    model = train.build_model(settings, 7)
+    path = tiny.save("classes", model, classes=["ant", "bee", "cat", "dog", "eel", "fox", "gnu"], settings=settings)
+    for words in (["--loss"], ["--nll"], ["--num_samples", "12"], ["--nearest"]):
+        sentence = refusal(capsys, tiny.words("--checkpoint", path, *words))
+        assert sentence.startswith("1 The checkpoint was trained on 7 classes (ant, bee, cat, dog, eel, ...), but the data at ")
+        assert "have 1 class (" in sentence and "--data_path" in sentence
 
 
-def test_a_file_of_inception_weights_is_taken_and_told_apart_from_the_published_one(tmp_path):
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Inception
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["--num_samples", "12", "--steps", "3"], "The network's prediction is not finite in step 1 of 3"),
+        (["--nll", "--nll_steps", "2"], "The bound is not finite"),
+        (["--loss"], "The validation loss is not finite"),
+    ],
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_predictions_that_are_not_finite_give_no_figures_but_advice(tiny, capsys, words, expected, value):
+    broken = copy.deepcopy(tiny.model)
+    with torch.no_grad():
+        [*broken.parameters()][-1].fill_(value)
+    sentence = refusal(capsys, tiny.words("--checkpoint", tiny.save("broken", broken), *words))
+    assert sentence.startswith(f"1 {expected}") and "--precision fp32" in sentence
+    assert not [*Path(tiny.root / "reports").glob("*/broken*.json")]
 
-    torch.manual_seed(0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *_, **__: None)
-        patch.setattr(Inception, "load_state_dict", lambda self, state: None)
-        weights = Inception("inception-v3-compat", ["2048"]).state_dict()
-    torch.save(weights, tmp_path / "own.pth")
-    network = load_features(str(tmp_path / "own.pth"), CPU)
-    assert network.layers == {"isc": "logits_unbiased", "fid": "2048", "kid": "2048", "prc": "2048"}
-    assert not network.comparable and "own.pth" in network.name and INCEPTION_SHA256[:8] not in network.key
+
+def test_help_imports_no_torch_fidelity_and_no_tensorboard():
+    program = "import sys; sys.modules['torch_fidelity'] = sys.modules['tensorboard'] = None; import evaluate; evaluate.main()"
+    done = subprocess.run([sys.executable, "-c", program, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "usage: python evaluate.py" in done.stdout and not done.stderr
+
+
+def test_an_interrupted_call_keeps_the_sections_that_are_done(tiny, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "measure_bound", interrupt)
+    argv = tiny.words("--loss", "--nll")
+    assert evaluate.main(argv) == 130
+    (path,) = Path(argv[3]).glob("*.json")
+    assert {*json.loads(path.read_text())} == {"protocol", "loss"}

@@ -11,11 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from src.evaluation.features import load_features
-from src.evaluation.picture_set import PictureSet
 from src.runtime.distributed import World
 from src.utils import UserError
 from tests.runs import ROOT, Process, Runner, differences, ended, same, signal_at
@@ -242,26 +239,6 @@ def test_what_is_divided_is_all_there_once(size):
     assert sorted(start for share in shares for start in share) == [0, 3, 6, 9, 12]
 
 
-def test_features_are_taken_of_no_pictures_but_its_own_and_the_first(monkeypatch):
-    read = []
-
-    class Pixels(np.ndarray):
-        def __getitem__(self, rows):
-            read.append(rows.start)
-            return np.asarray(self)[rows]
-
-    monkeypatch.setattr(World, "sum", lambda world, rows: rows)
-    pixels = np.random.default_rng(0).integers(0, 256, (10, 3, 32, 32), dtype=np.uint8)
-    every = load_features("random", torch.device("cpu")).extract(PictureSet("all", pixels), 2, torch.device("cpu"))
-    network = load_features("random", torch.device("cpu"), World(1, 1, 2))
-    mine = network.extract(PictureSet("mine", pixels.view(Pixels)), 2, torch.device("cpu"))
-    assert read == [0, 2, 6]
-    for layer, rows in every.items():
-        is_mine = torch.tensor([False, False, True, True, False, False, True, True, False, False])
-        assert torch.equal(mine[layer][is_mine], rows[is_mine])
-        assert not mine[layer][~is_mine].any()
-
-
 @pytest.mark.parametrize(
     "flags",
     [
@@ -301,6 +278,8 @@ def test_two_processes_measure_what_one_measures(run, pair):
     assert one.keys() == two.keys()
     assert len(one) > 20
     assert two == pytest.approx(one, rel=1e-3, abs=1e-6)
+    kept = [sorted(path.name for path in (run.folder / f"cache_{size}" / "fidelity").iterdir()) for size in (1, 2)]
+    assert kept[0] == kept[1] and len(kept[0]) == 1, "one process writes, and leaves nothing half done"
 
 
 def figures_of(report: Path) -> dict[str, float]:

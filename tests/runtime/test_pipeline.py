@@ -4,8 +4,10 @@ import pytest
 import torch
 from tqdm import tqdm
 
+import evaluate
 import sample
 from src.runtime.pipeline import Pipeline
+from src.utils import FlagError
 
 
 @pytest.mark.parametrize("is_compiled", [False, True])
@@ -27,3 +29,17 @@ def test_a_compiled_network_meets_one_shape_and_draws_the_same_pictures(trained,
     assert [number for batch in numbers for number in batch] == [0, 1, 2, 3, 4]
     assert (torch.cat(pictures).int() - plain.int()).abs().max() <= 1  # grey level
     assert sizes == ({2} if is_compiled else {2, 1})
+
+
+@pytest.mark.parametrize("guidance", [0, 2.5])
+def test_guidance_needs_a_network_that_has_seen_hidden_labels(trained_with_classes, tmp_path, guidance):
+    state = trained_with_classes.state("best")
+    state["config"]["LABEL_DROPOUT"] = 0.0
+    torch.save(state, tmp_path / "all_labels.pth")
+    always = ["--device", "cpu", "--compile", "false", "--guidance"]
+    for script in (sample, evaluate):
+        with pytest.raises(FlagError, match=rf"--guidance: got {guidance}, .* LABEL_DROPOUT 0.*Allowed is 1;"):
+            Pipeline(script.read_flags([*always, str(guidance), "--checkpoint", str(tmp_path / "all_labels.pth")]))
+        Pipeline(script.read_flags([*always, "1", "--checkpoint", str(tmp_path / "all_labels.pth")]))
+        best = trained_with_classes.folder / "checkpoints" / "best.pth"
+        Pipeline(script.read_flags([*always, str(guidance), "--checkpoint", str(best)]))
