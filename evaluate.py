@@ -220,7 +220,7 @@ def measure_loss(ev: Evaluation) -> dict[str, Any]:
     if not ev.world.is_main:
         return {}
     ev.curve("loss/eps_by_t", [((row["t_from"] + row["t_to"]) // 2, row["loss"]) for row in by_t])
-    weighted = losses * pipeline.diffusion.validation_weights().cpu()
+    weighted = losses * pipeline.diffusion.val_weight.cpu()
     return {"held_out": (weighted.sum() / draws.sum()).item(), "pictures": ev.validation(count), "by_t": by_t}
 
 

@@ -74,13 +74,13 @@ class GaussianDiffusion(nn.Module):
     var: Tensor
     log_var: Tensor
     weight: Tensor
+    val_weight: Tensor
 
     def __init__(self, time_steps: int = 1000, schedule: str = "linear", prediction: str = "eps", min_snr_gamma: float = 0.0):
         super().__init__()
-        if schedule not in SCHEDULES:
-            raise ValueError(f"schedule is {schedule!r}, expected one of {', '.join(SCHEDULES)}")
-        if prediction not in PREDICTIONS:
-            raise ValueError(f"prediction is {prediction!r}, expected one of {', '.join(PREDICTIONS)}")
+        for name, value, known in (("schedule", schedule, SCHEDULES), ("prediction", prediction, PREDICTIONS)):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
         if time_steps < 2:
             raise ValueError(f"time_steps is {time_steps}, expected at least 2")
         if min_snr_gamma < 0:
@@ -101,6 +101,7 @@ class GaussianDiffusion(nn.Module):
             "var": var,
             "log_var": var.clamp(min=var[1]).log(),  # var is 0 at t = 0: the logarithm takes its neighbour's
             "weight": snr.clamp(max=min_snr_gamma) * per_x_0_error if min_snr_gamma else torch.ones_like(snr),
+            "val_weight": (5 / snr).clamp(max=1),
         }
         for name, table in tables.items():
             self.register_buffer(name, table.float(), persistent=False)  # follows from the settings: not checkpointed
@@ -168,14 +169,9 @@ class GaussianDiffusion(nn.Module):
         return (eps - noise).square().flatten(1).mean(1)
 
     def validation_losses(self, model: Model, x_0: Tensor, t: Tensor, noise: Tensor, y: Tensor | None = None) -> Tensor:
-        """The same times `validation_weights`. Returns [B]."""
-        return self.eps_losses(model, x_0, t, noise, y) * self.validation_weights().to(t.device)[t]
-
-    def validation_weights(self) -> Tensor:
-        """[T]: min(1, 5 / SNR), so that the least noisy steps do not rule the mean: there a small error of x_0 is a large one
-        of eps (the min-SNR weight of arXiv:2303.09556 with gamma 5, whatever the run trains with)."""
-        snr = (self.signal / self.sigma).square()
-        return (5 / snr).clamp(max=1)
+        """The same times min(1, 5 / SNR), so that the least noisy steps do not rule the mean: there a small error of x_0 is a
+        large one of eps (the min-SNR weight with gamma 5, whatever the run trains with). Returns [B]."""
+        return self.eps_losses(model, x_0, t, noise, y) * self.val_weight.to(t.device)[t]
 
     # --- reverse process: Alg. 2 and its faster relatives in samplers.py ---------------------------------
 
@@ -279,7 +275,7 @@ def eval_mode(model: Model) -> Iterator[None]:
 
 
 def test_diffusion() -> None:
-    """Self-test of the tables, the posterior and the samplers, seconds on a CPU. Raises AssertionError."""
+    """Self-test of the tables, the predictions and the samplers, seconds on a CPU. Raises AssertionError."""
     torch.manual_seed(0)
     for schedule in SCHEDULES:
         for time_steps in (10, 250, 1000):
@@ -290,20 +286,19 @@ def test_diffusion() -> None:
     x_0, noise, t = torch.rand(8, 3, 4, 4) * 2 - 1, torch.randn(8, 3, 4, 4), torch.arange(0, 1000, 125)
     for prediction in PREDICTIONS:
         diffusion = GaussianDiffusion(prediction=prediction)
-        x_t, target = diffusion.q_sample(x_0, t, noise), diffusion.target(x_0, t, noise)
-        torch.testing.assert_close(diffusion.to_x_0(target, x_t, t), x_0, atol=2e-3, rtol=0)
-        losses = diffusion.training_losses(lambda x, t, y, target=target: target, x_0, t, noise)
-        assert losses.shape == (8,) and losses.max() < 1e-10
+        target = diffusion.target(x_0, t, noise)
+        torch.testing.assert_close(diffusion.to_x_0(target, diffusion.q_sample(x_0, t, noise), t), x_0, atol=2e-3, rtol=0)
+        assert diffusion.training_losses(lambda *_: target, x_0, t, noise).max() < 1e-10  # noqa: B023 (used at once)
     print("eps, v, x0: a perfect predictor has loss 0 and gives back x_0")
 
-    diffusion, mean, std = GaussianDiffusion(), 0.3, 0.2
+    diffusion, mean, std = GaussianDiffusion(prediction="x0"), 0.3, 0.2
 
-    def denoiser(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-        """E[eps | x_t] for data from N(mean, std^2), in closed form."""
+    def best(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        """E[x_0 | x_t] for data from N(mean, std^2), in closed form."""
         signal, sigma = at(diffusion.signal, t), at(diffusion.sigma, t)
-        return sigma * (x - signal * mean) / (signal**2 * std**2 + sigma**2)
+        return mean + signal * std**2 / (signal**2 * std**2 + sigma**2) * (x - signal * mean)
 
     for sampler, steps in (("ddpm", 1000), ("ddim", 200), ("dpm++", 50)):
-        x = diffusion.sample(denoiser, (64, 3, 8, 8), sampler=sampler, steps=steps, clip_denoised=False)
+        x = diffusion.sample(best, (64, 3, 8, 8), sampler=sampler, steps=steps, clip_denoised=False)
         assert abs(x.mean() - mean) < 0.02 and abs(x.std() - std) < 0.02, f"{sampler}: {x.mean():.3f} +- {x.std():.3f}"
         print(f"{sampler}, {steps} steps: data from N({mean}, {std}^2) come out as {x.mean():.3f} +- {x.std():.3f}")

@@ -81,7 +81,7 @@ def test_the_loss_is_the_one_that_train_logs(tiny, tmp_path):
     assert loss["held_out"] == pytest.approx(logged, rel=1e-6)  # another memory layout
     bins = loss["by_t"]
     assert [row["t_to"] for row in bins] == [row["t_from"] - 1 for row in bins[1:]] + [29] and bins[0]["t_from"] == 0
-    weights = diffusion.validation_weights()
+    weights = diffusion.val_weight
     bounds = [(weights[row["t_from"] : row["t_to"] + 1], row["loss"] * row["count"]) for row in bins]
     total = sum(row["count"] for row in bins)
     assert sum(w.min() * x for w, x in bounds) <= logged * total * 1.0001 and logged * total <= sum(
