@@ -37,6 +37,7 @@ MIN_SNR_GAMMA = 0.0  # caps the weight of easy, low-noise steps (arXiv:2303.0955
 BATCH_SIZE = 16  # images per forward and backward pass, over all processes together
 GRAD_ACCUM_STEPS = 1  # passes per optimizer step; BATCH_SIZE x GRAD_ACCUM_STEPS is the effective batch
 LEARNING_RATE = 1e-4  # of Adam, per optimizer step; 2e-4 for 32x32 in DDPM, app. B, less for larger images
+LR_SCHEDULE = "constant"  # after the warm-up: constant, or a cosine or linear decay to 1% in the last step of the run
 WARMUP_STEPS = 1000  # optimizer steps over which the learning rate rises linearly from 0; 0 is off (DDPM code: 5000)
 EPOCHS = 100  # passes over the training images, in all, resumed runs counted in
 GRAD_CLIP = 1.0  # largest L2 norm of the gradient (DDPM code); 0 is off
@@ -50,10 +51,12 @@ DEVICE = "auto"  # cuda, mps, cpu; auto takes the first of these that there is
 VAL_IMAGES = 2000  # held-out images whose loss is measured each epoch, at fixed t and noise; decides best.pth
 NUM_SAMPLES = 64  # pictures in the preview grid
 PREVIEW_STEPS = 20  # DPM-Solver++ steps of the preview grid, not TIME_STEPS, so that a look costs seconds
+PREVIEW_GUIDANCE = 3.0  # classifier-free guidance of the preview grid of a class-conditional run; 1 is off
 SAVE_EVERY = 10  # epochs between epoch_010.pth, epoch_020.pth, ...; latest.pth is written every epoch
 SAVE_MINUTES = 10.0  # minutes between further writes of latest.pth inside an epoch; 0 is off
 SAMPLE_EVERY = 5  # epochs between preview grids
 LOG_EVERY = 50  # optimizer steps between points in TensorBoard; the only times the loop waits for the GPU
+RUN = ""  # a name for the run: a sub-folder of the next three, so that runs do not mix; empty: the folders themselves
 CHECKPOINT_PATH = "./checkpoints"  # folder of latest.pth, best.pth, epoch_010.pth, ...
 OUTPUT_PATH = "./outputs"  # folder of samples/epoch_005.png, ...
 LOG_PATH = "./logs/tensorboard"  # folder of the TensorBoard events
@@ -64,7 +67,7 @@ PRESETS = {
         DATASET="shapes", IMAGE_SIZE=32, UNET_DIM=32, DIM_MULTS=(1, 2, 4), NUM_RES_BLOCKS=1, ATTENTION_RESOLUTIONS=(8,),
         CLASS_CONDITIONAL=True, BETA_SCHEDULE="cosine", PREDICTION="v", BATCH_SIZE=16, LEARNING_RATE=1e-3, WARMUP_STEPS=100,
         EPOCHS=3, EMA_DECAY=0.995, VAL_IMAGES=500, NUM_SAMPLES=40, SAMPLE_EVERY=1, SAVE_EVERY=3, LOG_EVERY=20,
-        CHECKPOINT_PATH="./checkpoints/demo", OUTPUT_PATH="./outputs/demo", LOG_PATH="./logs/tensorboard/demo",
+        RUN="demo",
     ),
     # One large GPU. The shape: 91M parameters as the default's, 34 GFLOP a picture instead of 61 (docs/performance.md).
     "h100": dict(BATCH_SIZE=256, LEARNING_RATE=2e-4, DIM_MULTS=(1, 1, 2, 3, 4)),

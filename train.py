@@ -10,27 +10,32 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import contextlib
 import math
+import os
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import config
 from src import noise
-from src.dataset import DATASETS, DeviceImages, Images, TrainBatches
+from src.dataset import DATASETS, Batch, DeviceImages, Images, ValidationBatches
 from src.diffusion import GaussianDiffusion
 from src.ema import EMA
-from src.model import parameter_count
 from src.runtime.build import build_batches, build_diffusion, build_model, build_optimizer, build_validation, open_images
-from src.runtime.checkpoint import Checkpoints, FolderLock, Progress, check_resume, find_latest
+from src.runtime.checkpoint import Checkpoints, Progress, check_length, check_resume, find_latest, load_checkpoint
 from src.runtime.device import InPrecision, describe, memory_advice, pick_device, pick_precision, place, should_compile
 from src.runtime.distributed import World
-from src.runtime.monitor import Meter, Monitor
-from src.runtime.settings import Run, Settings, as_text, changed_from_defaults, resolve
+from src.runtime.folders import FolderLock, claim
+from src.runtime.monitor import Meter, Monitor, print_plan, print_summary
+from src.runtime.settings import Run, Settings, resolve
 from src.runtime.signals import StopRequest, run_script
-from src.utils import UserError, grid, make_folder, save_png, to_uint8, writing
+from src.utils import UserError, grid, labelled_sheet, make_folder, save_png, to_uint8, writing
+
+LR_FLOOR = 0.01  # of LEARNING_RATE: what a decaying schedule ends at
 
 
 def train(run: Run, world: World, stop: StopRequest) -> None:
@@ -39,24 +44,28 @@ def train(run: Run, world: World, stop: StopRequest) -> None:
     device = pick_device(s.DEVICE, world.local_rank)
     dtype = pick_precision(s.PRECISION, device)
     with stop.at_once():  # there is nothing to lose yet
-        saved, images, held_out = open_data(run, world)
+        saved, images, val_images = open_data(run, world)
     model = place(build_model(s, len(images.classes)).train(), device, dtype)
+    if run.init_from and not saved:
+        start_from(run.init_from, model)
     ema, diffusion = EMA(model, s.EMA_DECAY), build_diffusion(s).to(device)
     optimizer, scaler = build_optimizer(s, model), torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    batches, val_images = build_batches(s, DeviceImages(images, device), world), DeviceImages(held_out, device)
+    batches = build_batches(s, DeviceImages(images, device), world)
+    val_batches = build_validation(s, DeviceImages(val_images, device), world)
     meter, progress = Meter(s.TIME_STEPS, device, world), Progress()
     parts = {"model": model, "ema": ema.model, "optimizer": optimizer, "scaler": scaler, "meter": meter}
-    checkpoints = Checkpoints(s, world, images, progress, parts, saved)
-    last_step, limit = run.limit(batches.steps_per_epoch)
+    last_step, _ = run.limit(batches.steps_per_epoch)
+    check_length(saved, s, last_step, run.accept_changes)
+    checkpoints = Checkpoints(s, world, images, last_step, progress, parts, saved)
+    print_plan(run, config, world, describe(device), dtype, model, batches, val_batches, progress.step)
     parallel = world.parallel(InPrecision(model, device, dtype), device)
     network = torch.compile(parallel) if should_compile(s.COMPILE, device) else parallel
     networks = {"ema": InPrecision(ema.model, device, dtype), "raw": InPrecision(model, device, dtype)}
-    print_plan(run, world, device, dtype, model, batches, len(val_images), progress.step, last_step, limit)
 
     with Monitor(s, world, device, progress.step, last_step) as monitor, stop.postponed("step"):
         is_stopped = stop.agree(world)
         while progress.step < last_step and not is_stopped:
-            step, lr = progress.step, s.LEARNING_RATE * min(1.0, (progress.step + 1) / max(1, s.WARMUP_STEPS))
+            step, lr = progress.step, learning_rate(s, progress.step, last_step)
             optimizer.param_groups[0]["lr"] = lr
             torch.manual_seed(noise.seed(s.SEED, noise.DROPOUT, step, world.rank))  # dropout's masks follow from the step, too
             for micro in range(s.GRAD_ACCUM_STEPS):
@@ -87,41 +96,59 @@ def train(run: Run, world: World, stop: StopRequest) -> None:
                 meter.collect()
             if is_logged:
                 monitor.log(progress.step, meter.read() | {"optimizer/learning_rate": lr})
-            if ends_epoch:
+            if ends_epoch or is_last:
                 progress.epoch = progress.step // batches.steps_per_epoch
-                end_epoch(s, world, stop, monitor, diffusion, networks, val_images, progress, checkpoints)
+                judge(s, world, stop, monitor, diffusion, networks, val_batches, checkpoints, ends_epoch, is_last)
             if must_save:
                 monitor.flush()  # else a kill would lose points that the resumed run does not draw again
                 checkpoints.save("latest")  # last: a run that was killed before this does again what came before
                 monitor.restart_clock(progress.step)
                 is_stopped = stop.agree(world)
-    print_summary(s, progress, last_step)
+    print_summary(s, progress.step, last_step)
+
+
+def learning_rate(s: Settings, step: int, last_step: int) -> float:
+    """Of optimizer step number `step`, from 0: a linear warm-up, then LR_SCHEDULE down to LR_FLOOR in the last step."""
+    warm_up = min(1.0, (step + 1) / max(1, s.WARMUP_STEPS))
+    done = min(1.0, max(0, step + 1 - s.WARMUP_STEPS) / max(1, last_step - s.WARMUP_STEPS))
+    decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[s.LR_SCHEDULE]
+    return s.LEARNING_RATE * warm_up * (LR_FLOOR + (1 - LR_FLOOR) * decay)
 
 
 def open_data(run: Run, world: World) -> tuple[dict | None, Images, Images]:
     """The state to resume from, if there is one, and the images of training and validation. Raises UserError."""
-    s, folder = run.settings, Path(run.settings.CHECKPOINT_PATH)
+    s, folder = run.settings, run.settings.folder("CHECKPOINT_PATH")
     with world.main_process_first():
-        make_folder(Path(s.OUTPUT_PATH), "--output_path")
-        make_folder(Path(s.LOG_PATH), "--log_path")
         saved = find_latest(folder)
         if saved:
             check_resume(saved["config"], s, run.accept_changes)
+        for name in ("OUTPUT_PATH", "LOG_PATH"):
+            make_folder(s.folder(name), f"--{name.lower()}")
+            claim(s.folder(name), folder, saved is not None)
         images, val_images = open_images(s, "train"), open_images(s, "val")
     world.check_same(saved["step"] if saved else 0, "the step to go on from")
     world.check_same(len(images), "the number of training images")
-    if saved and saved["classes"] != images.classes:
-        raise UserError(
-            f"{folder}/latest.pth was trained on other classes than the data have. Start anew with another --checkpoint_path."
-        )
+    if saved and saved["classes"] != images.classes and s.CLASS_CONDITIONAL:
+        raise UserError(f"{folder}/latest.pth was trained on other classes than the data have. Start anew with --run NAME.")
     return saved, images, val_images
+
+
+def start_from(path: str, model: nn.Module) -> None:
+    """Take the averaged weights of a checkpoint where names and shapes agree. Raises UserError if none do."""
+    own, theirs = model.state_dict(), load_checkpoint(Path(path), ("ema",))["ema"]
+    taken = {name: weight for name, weight in theirs.items() if name in own and own[name].shape == weight.shape}
+    if not taken:
+        raise UserError(f"--init_from: no weight of {path} fits this network. Give its own --unet_dim, --dim_mults and so on.")
+    model.load_state_dict(own | taken)
+    anew = ", ".join(name for name in own if name not in taken) or "none"
+    print(f"weights   {len(taken)} of {len(own)} tensors from {path}; anew: {anew}")
 
 
 def stop_if_not_finite(s: Settings, meter: Meter, scaler: torch.amp.GradScaler, lr: float) -> None:
     """Wait for the device; raise UserError if the gradient of any step so far was not finite. Call before anything is saved.
 
     fp16 has its own way: the scaler skips such a step and halves its scale, from 65536, until there is no hope."""
-    latest = Path(s.CHECKPOINT_PATH) / "latest.pth"
+    latest = s.folder("CHECKPOINT_PATH") / "latest.pth"
     kept = f"{latest} is the last good state" if latest.exists() else "nothing was saved yet"
     if scaler.is_enabled():
         if scaler.get_scale() < 1:
@@ -137,105 +164,69 @@ def stop_if_not_finite(s: Settings, meter: Meter, scaler: torch.amp.GradScaler, 
         )
 
 
-def end_epoch(
+def judge(
     s: Settings,
     world: World,
     stop: StopRequest,
     monitor: Monitor,
     diffusion: GaussianDiffusion,
     networks: dict[str, InPrecision],
-    val_images: DeviceImages,
-    progress: Progress,
+    val_batches: ValidationBatches,
     checkpoints: Checkpoints,
+    ends_epoch: bool,
+    is_last: bool,
 ) -> None:
     """The validation loss and best.pth; every SAMPLE_EVERY epochs a preview, every SAVE_EVERY a checkpoint to keep."""
-    epoch, is_end = progress.epoch, progress.epoch == s.EPOCHS
+    progress, step, epoch = checkpoints.progress, checkpoints.progress.step, checkpoints.progress.epoch
     with stop.postponed("validation"):
-        val_loss = validate(s, world, diffusion, networks["ema"], val_images)
-    monitor.scalars(progress.step, {"loss/val": val_loss, "progress/epoch": epoch})
-    monitor.say(f"epoch {epoch}, step {progress.step:,}: validation loss {val_loss:.5f}")
-    if epoch % s.SAMPLE_EVERY == 0 or is_end:
+        val_loss = validate(world, diffusion, networks["ema"], monitor.track("validation", val_batches))
+    monitor.scalars(step, {"loss/val": val_loss, "progress/epoch": epoch})
+    monitor.say(f"epoch {epoch}, step {step:,}: validation loss {val_loss:.5f}")
+    if is_last or (ends_epoch and epoch % s.SAMPLE_EVERY == 0):
         with stop.postponed("preview"):
-            sheets = {name: preview(s, world, diffusion, network) for name, network in networks.items()}
+            sheets = {}
+            for name, network in networks.items():
+                sheets[name] = preview(s, world, monitor, diffusion, network, checkpoints.classes)
         for name, sheet in sheets.items():
-            monitor.image(progress.step, f"samples/{name}", sheet)
+            monitor.image(step, f"samples/{name}", sheet)
         if world.is_main:
-            path = Path(s.OUTPUT_PATH) / "samples" / f"epoch_{epoch:03}.png"
-            with writing(path, "--output_path"):
+            name = f"epoch_{epoch:03}.png" if ends_epoch else f"step_{step:06}.png"
+            with writing(path := s.folder("OUTPUT_PATH") / "samples" / name, "--output_path"):
                 save_png(sheets["ema"], path)
     if val_loss < progress.best_loss:
         progress.best_loss = val_loss
         checkpoints.save("best")
-    if epoch % s.SAVE_EVERY == 0 or is_end:
+    if ends_epoch and (is_last or epoch % s.SAVE_EVERY == 0):
         checkpoints.save(f"epoch_{epoch:03}")
 
 
-def validate(s: Settings, world: World, diffusion: GaussianDiffusion, network: nn.Module, val_images: DeviceImages) -> float:
+def validate(world: World, diffusion: GaussianDiffusion, network: nn.Module, batches: Iterable[Batch]) -> float:
     """The mean of GaussianDiffusion.validation_losses over images, steps and noise that are always the same."""
     sums = torch.zeros(2, dtype=torch.float64)  # of the losses, of the images
-    for batch in build_validation(s, val_images, world):
+    for batch in batches:
         losses = diffusion.validation_losses(network, *batch).cpu()
         sums += torch.stack([losses.double().sum(), torch.tensor(len(losses))])
     loss, count = world.sum(sums).tolist()
     return loss / count
 
 
-def preview(s: Settings, world: World, diffusion: GaussianDiffusion, network: InPrecision) -> Tensor:
-    """A grid of NUM_SAMPLES pictures, always from the same noise: those that `sample.py --seed SEED` draws. [3, H, W] uint8."""
-    device, shape = diffusion.signal.device, (3, s.IMAGE_SIZE, s.IMAGE_SIZE)
+def preview(
+    s: Settings, world: World, monitor: Monitor, diffusion: GaussianDiffusion, network: nn.Module, classes: list[str]
+) -> Tensor:
+    """A sheet of NUM_SAMPLES pictures, always from the same noise: those of `sample.py --seed SEED`. [3, H, W] uint8."""
+    device, shape, steps = diffusion.signal.device, (3, s.IMAGE_SIZE, s.IMAGE_SIZE), min(s.PREVIEW_STEPS, s.TIME_STEPS)
     pictures = torch.zeros(s.NUM_SAMPLES, *shape, dtype=torch.uint8)
-    for indices in world.shard(torch.arange(s.NUM_SAMPLES).split(world.local_batch_size(s.BATCH_SIZE))):
+    labels = torch.arange(s.NUM_SAMPLES) % len(classes)
+    batches = torch.arange(s.NUM_SAMPLES).split(world.local_batch_size(s.BATCH_SIZE))
+    for indices in monitor.track("preview", world.shard(batches)):
         x_T = noise.PictureNoise(s.SEED, indices.tolist(), shape, device)
-        y = indices.to(device) % network.model.num_classes if s.CLASS_CONDITIONAL else None
-        steps = min(s.PREVIEW_STEPS, s.TIME_STEPS)
-        pictures[indices] = to_uint8(diffusion.sample(network, (len(indices), *shape), "dpm++", steps, noise=x_T, y=y))
-    return grid(world.sum(pictures))  # those of the other processes are zero here
-
-
-def print_plan(
-    run: Run,
-    world: World,
-    device: torch.device,
-    dtype: torch.dtype,
-    model: nn.Module,
-    batches: TrainBatches,
-    val_count: int,
-    step: int,
-    last_step: int,
-    limit: str,
-) -> None:
-    """What will happen, before it does."""
-    s = run.settings
-    changed = [f"{name} {as_text(new)}" for name, _, new in changed_from_defaults(s, config)]
-    preset = f" (preset {run.preset})" if run.preset else ""
-    done = f"going on after step {step:,}" if step else "starting anew"
-    together = f"; {world.size} processes of {batches.local_batch_size} images each" if world.size > 1 else ""
-    per_epoch = f"{batches.steps_per_epoch:,} an epoch, {batches.images_per_step} images each"
-    size = f"{s.IMAGE_SIZE}x{s.IMAGE_SIZE}"
-    for title, text in {
-        "settings": (", ".join(changed) or "all defaults") + preset,
-        "device": f"{describe(device)}, {as_text(dtype).removeprefix('torch.')}{together}",
-        "network": f"{parameter_count(model):,} parameters",
-        "images": f"{len(batches.images):,} for training, {min(s.VAL_IMAGES, val_count):,} for validation, {size}",
-        "steps": f"{last_step:,} in all by {limit} ({per_epoch}), {done}",
-        "saves to": Path(s.CHECKPOINT_PATH).resolve(),
-        "grids in": Path(s.OUTPUT_PATH).resolve() / "samples",
-        "logs in": Path(s.LOG_PATH).resolve(),
-    }.items():
-        print(f"{title:<9} {text}", flush=True)
-
-
-def print_summary(s: Settings, progress: Progress, last_step: int) -> None:
-    """Where the run stands, and the next command to type."""
-    folder = Path(s.CHECKPOINT_PATH)
-    if progress.step < last_step:
-        print(
-            f"Stopped after step {progress.step:,} of {last_step:,}; {folder / 'latest.pth'} is saved. "
-            f"The same command goes on from there."
-        )
-        return
-    best = next(name for name in ("best.pth", "latest.pth") if (folder / name).exists())
-    print(f"Done: step {progress.step:,}. Draw pictures with: python sample.py --checkpoint {shlex.quote(str(folder / best))}")
+        y = labels[indices].to(device) if s.CLASS_CONDITIONAL else None
+        options: Any = dict(noise=x_T, y=y, guidance=s.PREVIEW_GUIDANCE)
+        pictures[indices] = to_uint8(diffusion.sample(network, (len(indices), *shape), "dpm++", steps, **options))
+    pictures = world.sum(pictures)  # those of the other processes are zero here
+    if not s.CLASS_CONDITIONAL:
+        return grid(pictures)
+    return labelled_sheet(pictures, [classes[label] for label in labels], columns=min(10, len(classes)))
 
 
 def main() -> int:
@@ -243,10 +234,10 @@ def main() -> int:
 
     def body(stop: StopRequest) -> None:
         nonlocal run
-        run = resolve(config, sys.argv[1:], DATASETS)
+        run = resolve(config, [*shlex.split(os.environ.get("DDPM_FLAGS", "")), *sys.argv[1:]], DATASETS)
         with World.join() as world, contextlib.ExitStack() as held:
             if world.is_main:
-                held.enter_context(FolderLock(Path(run.settings.CHECKPOINT_PATH), "--checkpoint_path"))
+                held.enter_context(FolderLock(run.settings.folder("CHECKPOINT_PATH"), "--checkpoint_path"))
             train(run, world, stop)
 
     def out_of_memory() -> str:

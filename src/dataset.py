@@ -191,16 +191,7 @@ class TrainBatches:
         return Batch(x_0, t, eps, torch.where(hidden, -1, y))
 
 
-def validation_batches(
-    images: DeviceImages,
-    *,
-    count: int,
-    batch_size: int,
-    time_steps: int = 1000,
-    has_labels: bool = False,
-    rank: int = 0,
-    world_size: int = 1,
-) -> Iterator[Batch]:
+class ValidationBatches:
     """`count` validation images (all if there are fewer), each with t and noise that are always the same. They depend neither
     on the seed of the run nor on the batch size, so runs can be compared.
 
@@ -208,17 +199,38 @@ def validation_batches(
     evenly over [0, T), and so are all draws together. With several processes each gets every world_size-th batch.
     batch_size: images per batch and process.
     """
-    fixed = torch.Generator().manual_seed(noise.VALIDATION)
-    rows = torch.randperm(len(images), generator=fixed)[:count]  # at random: the images come class by class
-    n = len(rows)
-    rounds = -(-max(count, 500) // n)
-    deal = torch.randperm(n, generator=fixed)
-    for draws in torch.arange(rounds * n).split(batch_size)[rank::world_size]:
-        x_0, y = images.batch(rows[draws % n])
-        stretch = (draws % n + draws // n) % rounds  # of [0, T) in `rounds` parts: each image gets one t in each
-        t = ((stretch * n + deal[draws % n]) * time_steps // (rounds * n)).to(images.device, non_blocking=True)
-        keys = noise.key(0, noise.VALIDATION, draws).to(images.device, non_blocking=True)
-        yield Batch(x_0, t, noise.normal(keys, x_0.shape[1:]), y if has_labels else None)
+
+    def __init__(
+        self,
+        images: DeviceImages,
+        *,
+        count: int,
+        batch_size: int,
+        time_steps: int = 1000,
+        has_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self.images, self.time_steps, self.has_labels = images, time_steps, has_labels
+        fixed = torch.Generator().manual_seed(noise.VALIDATION)
+        self.rows = torch.randperm(len(images), generator=fixed)[:count]  # at random: the images come class by class
+        self.rounds = -(-max(count, 500) // len(self.rows))
+        self.deal = torch.randperm(len(self.rows), generator=fixed)
+        self.draws = torch.arange(self.rounds * len(self.rows)).split(batch_size)[rank::world_size]
+
+    def __len__(self) -> int:
+        """Batches of this process."""
+        return len(self.draws)
+
+    def __iter__(self) -> Iterator[Batch]:
+        n, device = len(self.rows), self.images.device
+        for draws in self.draws:
+            x_0, y = self.images.batch(self.rows[draws % n])
+            stretch = (draws % n + draws // n) % self.rounds  # of [0, T) in so many parts: each image gets one t in each
+            t = (stretch * n + self.deal[draws % n]) * self.time_steps // (self.rounds * n)
+            keys = noise.key(0, noise.VALIDATION, draws).to(device, non_blocking=True)
+            eps = noise.normal(keys, x_0.shape[1:])
+            yield Batch(x_0, t.to(device, non_blocking=True), eps, y if self.has_labels else None)
 
 
 def test_dataset() -> None:

@@ -36,8 +36,9 @@ def count(number: int, noun: str, plural: str = "") -> str:
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
-    """Open a file for writing that appears at `path` whole or not at all.
+def atomic_file(path: str | os.PathLike, flush: bool = True) -> Iterator[IO[bytes]]:
+    """Open a file for writing that appears at `path` whole or not at all. flush: its folder, too; of many files in one folder
+    the caller does that once.
 
     The bytes go to `.NAME.part-RANDOM` in the same folder, are flushed to the disk, and take the name in one rename. If the
     body raises or the disk is full, what stood at `path` stays, and the part is removed.
@@ -51,7 +52,8 @@ def atomic_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-        flush_folder(path.parent)
+        if flush:
+            flush_folder(path.parent)
     except BaseException:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
@@ -157,9 +159,9 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
 
 
-def save_png(image: Tensor, path: Path) -> None:
-    """Write [3, H, W] uint8 as a PNG that is whole or absent."""
-    with atomic_file(path) as file:
+def save_png(image: Tensor, path: Path, flush: bool = True) -> None:
+    """Write [3, H, W] uint8 as a PNG that is whole or absent. flush: as in atomic_file."""
+    with atomic_file(path, flush) as file:
         to_pil(image).save(file, format="PNG")
 
 

@@ -145,7 +145,11 @@ class Runner:
 
     def files(self, pattern: str) -> dict[str, bytes]:
         """{name: bytes} of the files of that pattern, in any folder below."""
-        return {str(path.relative_to(self.folder)): path.read_bytes() for path in sorted(self.folder.rglob(pattern))}
+        return {
+            str(path.relative_to(self.folder)): path.read_bytes()
+            for path in sorted(self.folder.rglob(pattern))
+            if path.is_file()
+        }
 
     def events(self, folder: str = "logs/tensorboard") -> EventAccumulator:
         """What TensorBoard shows."""

@@ -8,7 +8,7 @@ import torch
 
 import src.dataset
 from src.data.cache import Images
-from src.dataset import DeviceImages, TrainBatches, normalise, prepare, validation_batches
+from src.dataset import DeviceImages, TrainBatches, ValidationBatches, normalise, prepare
 from src.utils import UserError
 from tests.runs import same
 
@@ -64,7 +64,7 @@ def test_labels_are_hidden_as_often_as_label_dropout_says():
 def validation(**options) -> list[torch.Tensor]:
     """x_0, t, eps, y of all validation batches."""
     options = dict(count=20, batch_size=7, has_labels=True) | options
-    return [torch.cat(parts) for parts in zip(*validation_batches(numbered(), **options))]
+    return [torch.cat(parts) for parts in zip(*ValidationBatches(numbered(), **options))]
 
 
 def test_validation_batches_do_not_depend_on_the_batch_size():
@@ -92,8 +92,8 @@ def test_processes_share_a_batch_and_together_draw_what_one_draws(world_size):
         for complete, *split in zip(whole(step, 1), *(part(step, 1) for part in parts)):
             assert torch.equal(torch.cat(split), complete)
     options = dict(count=20, batch_size=3, has_labels=True)
-    every = [batch.y.tolist() for batch in validation_batches(numbered(), **options)]
-    shards = [validation_batches(numbered(), **options, rank=rank, world_size=world_size) for rank in range(world_size)]
+    every = [batch.y.tolist() for batch in ValidationBatches(numbered(), **options)]
+    shards = [ValidationBatches(numbered(), **options, rank=rank, world_size=world_size) for rank in range(world_size)]
     assert sorted(batch.y.tolist() for shard in shards for batch in shard) == sorted(every)
 
 

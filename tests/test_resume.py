@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.runs import Runner, differences, signal_at
+from tests.runs import Runner, differences, same, signal_at
 
 VARIANTS = {
     "plain": {},
@@ -54,16 +54,28 @@ def assert_same_run(run: Runner, other: Runner) -> None:
 
 @pytest.mark.parametrize("step", [1, 10, 13, 20, 29])
 def test_stopping_after_any_step_and_going_on_is_the_uninterrupted_run(run, uninterrupted, step):
-    run.train(max_steps=step)
+    run.train(signal_at(step - 1, 0, "SIGTERM"), code=143)
     assert run.state()["step"] == step
     assert f"going on after step {step}" in run.train().out
     assert_same_run(run, uninterrupted("plain"))
 
 
+def test_max_steps_ends_a_run_amid_an_epoch_with_all_that_an_end_has_and_it_goes_on_with_the_same_weights(run, uninterrupted):
+    """Validated, previewed, considered for best.pth."""
+    out = run.train(max_steps=13).out
+    assert "epoch 1, step 13: validation loss" in out and "13 in all by --max_steps 13" in out
+    assert [step for step, _ in run.scalars()["loss/val"]] == [10, 13]
+    assert list(run.files("*.png")) == ["outputs/samples/step_000013.png"]
+    assert run.state("best")["step"] == 13 and "epoch_001.pth" not in run.files("*.pth")
+    run.train()
+    ours, theirs = run.state(), uninterrupted("plain").state()
+    assert [part for part in ("model", "ema", "optimizer", "step", "epoch") if not same(ours[part], theirs[part])] == []
+
+
 @pytest.mark.parametrize("variant", list(VARIANTS)[1:])
 def test_every_kind_of_run_goes_on_as_if_it_had_not_stopped(run, uninterrupted, variant):
     settings = VARIANTS[variant]
-    run.train(max_steps=4, **settings)
+    run.train(signal_at(3, 0, "SIGTERM"), code=143, **settings)
     last_pass = settings.get("GRAD_ACCUM_STEPS", 1) - 1
     run.train(signal_at(11, last_pass, "SIGTERM"), code=143, **settings)
     assert run.state()["step"] == 12, "the step in hand was not finished"

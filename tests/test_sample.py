@@ -18,8 +18,12 @@ def picture(path) -> np.ndarray:
     return np.array(Image.open(path)).astype(int)
 
 
-def drawn(run, folder: str, pattern: str = "[0-9]*.png") -> dict[str, np.ndarray]:
-    return {path.name: picture(path) for path in sorted((run.folder / folder).glob(pattern))}
+def drawn(run, folder: str) -> dict[str, np.ndarray]:
+    return {path.name: picture(path) for path in sorted((run.folder / folder / "images").iterdir())}
+
+
+def labels(run, folder: str) -> list[dict[str, str]]:
+    return list(csv.DictReader((run.folder / folder / "labels.csv").open()))
 
 
 def assert_alike(some: dict[str, np.ndarray], others: dict[str, np.ndarray]) -> None:
@@ -56,7 +60,13 @@ def test_it_needs_a_checkpoint_and_no_config(tmp_path, trained, config):
     shutil.copy(trained.folder / "checkpoints" / "best.pth", empty)
     command = [sys.executable, program / "sample.py", "--checkpoint", "best.pth", "--num_samples", "2", "--device", "cpu"]
     subprocess.run(command, cwd=empty, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, timeout=120)
-    assert len(list(empty.glob("outputs/pictures/0*.png"))) == 2
+    assert sorted(path.name for path in empty.glob("outputs/pictures/001/*")) == [
+        "grid.png",
+        "images",
+        "labels.csv",
+        "settings.json",
+    ]
+    assert len(list(empty.glob("outputs/pictures/001/images/0*.png"))) == 2
 
 
 # --- what it writes -----------------------------------------------------------------------------------
@@ -73,16 +83,18 @@ def test_pictures_grid_labels_and_npz_are_written_and_agree(run, sample):
         assert file.files == ["arr_0"]
         assert file["arr_0"].dtype == np.uint8 and file["arr_0"].shape == (5, 8, 8, 3)
         assert (file["arr_0"] == np.stack(list(pictures.values()))).all()
-    rows = list(csv.DictReader((run.folder / "drawn/labels.csv").open()))
+    rows = labels(run, "drawn")
     assert [row["file"] for row in rows] == list(pictures)
     assert {row["class"] for row in rows} == {""}
 
 
 def test_labels_tell_the_class_of_each_picture(run, sample):
-    sample("--classes", "blue circle,0,GREEN SQUARE", classes=True)
-    rows = list(csv.DictReader((run.folder / "drawn/labels.csv").open()))
+    sample("--classes", "blue circle,0,GREEN SQUARE", "--npz", classes=True)
+    rows = labels(run, "drawn")
     assert [row["class"] for row in rows] == ["blue circle", "blue circle", "green square", "blue circle", "blue circle"]
     assert [row["label"] for row in rows] == ["0", "0", "1", "0", "0"]
+    with np.load(run.folder / "drawn/samples.npz") as file:
+        assert file["arr_1"].dtype == np.int64 and file["arr_1"].tolist() == [0, 0, 1, 0, 0]
 
 
 def test_the_gif_shows_every_step(run, sample):
@@ -92,14 +104,63 @@ def test_the_gif_shows_every_step(run, sample):
         assert gif.size == (2 * 32, 22)  # x_t and x_0 side by side, each a grid of 3 x 2
 
 
-def test_pictures_that_are_there_are_replaced_only_when_asked(run, sample):
-    sample()
+# --- the folder ---------------------------------------------------------------------------------------
+
+
+def test_without_output_dir_each_call_gets_the_next_number(run, trained):
+    words = ["--checkpoint", trained.folder / "checkpoints" / "best.pth", "--num_samples", 1, "--steps", 2]
+    assert "outputs/pictures/001" in run.sample(*words).out
+    (run.folder / "outputs/pictures/007").mkdir()
+    assert "outputs/pictures/008" in run.sample(*words).out
+    assert "outputs/mine/pictures/001" in run.sample(*words, "--run", "mine").out
+
+
+def test_run_names_a_checkpoint(run, trained):
+    shutil.copytree(trained.folder / "checkpoints", run.folder / "checkpoints/mine")
+    run.sample("--run", "mine", "--num_samples", 1, "--steps", 2)
+    assert len(run.files("*/000000.png")) == 1
+    assert "No checkpoint at checkpoints/other/best.pth" in run.sample("--run", "other", code=1).err
+
+
+def test_a_series_goes_on_where_it_stands_and_everything_beside_it_covers_all_of_it(run, sample):
+    sample("--num_samples", 2, "--npz", classes=True)
+    (run.folder / "drawn/images/000000.png").unlink()
+    said = sample("--start_index", 3, "--num_samples", 2, "--npz", classes=True).out
+    assert "2 pictures" in said and list(drawn(run, "drawn")) == ["000001.png", "000003.png", "000004.png"]
+    said = sample("--num_samples", 5, "--npz", classes=True).out
+    assert "2 pictures" in said, "those that are missing"
+    sample("--npz", classes=True, to="at once")
+    assert_alike(drawn(run, "drawn"), drawn(run, "at once"))
+    assert labels(run, "drawn") == labels(run, "at once")
+    for name in ("grid.png", "settings.json"):
+        assert run.files(f"drawn/{name}")[f"drawn/{name}"] == run.files(f"at once/{name}")[f"at once/{name}"], name
+    with np.load(run.folder / "drawn/samples.npz") as file:
+        assert file["arr_0"].shape == (5, 8, 8, 3) and file["arr_1"].tolist() == [0, 1, 2, 3, 0]
+
+
+def test_pictures_of_other_settings_are_refused_and_removed_only_when_asked(run, sample):
+    sample("--gif")
     before = run.files("drawn/*")
-    said = sample("--seed", 1, code=1).err
-    assert said.startswith("sample.py: drawn/000000.png exists already, with 6 more. Add --overwrite")
+    said = sample("--seed", 1, "--steps", 2, code=1).err
+    assert said.startswith(
+        "sample.py: drawn holds pictures drawn with other settings (steps 3 -> 2, seed 0 -> 1). Choose another"
+    )
     assert run.files("drawn/*") == before
-    sample("--seed", 1, "--overwrite")
-    assert run.files("drawn/*") != before
+    sample("--seed", 1, "--steps", 2, "--num_samples", 2, "--overwrite")
+    assert list(drawn(run, "drawn")) == ["000000.png", "000001.png"] and not run.files("*.gif")
+
+
+def test_another_checkpoint_is_another_setting(run, sample, trained):
+    sample()
+    words = ["--checkpoint", trained.folder / "checkpoints" / "epoch_002.pth", "--output_dir", "drawn", "--num_samples", 5]
+    assert "(weights " in run.sample(*words, "--steps", 3, code=1).err
+
+
+def test_files_of_another_program_are_left_alone(run, sample):
+    (run.folder / "drawn/images").mkdir(parents=True)
+    (run.folder / "drawn/images/holiday.png").write_bytes(b"mine")
+    assert "drawn holds pictures that sample.py did not draw, holiday.png for one" in sample(code=1).err
+    assert run.files("drawn/**/*") == {"drawn/images/holiday.png": b"mine"}
 
 
 # --- what a picture hangs on --------------------------------------------------------------------------
@@ -117,8 +178,7 @@ def test_start_index_goes_on_with_the_series(run, sample):
     sample("--guidance", 2, classes=True)
     sample("--guidance", 2, "--start_index", 3, "--num_samples", 2, classes=True, to="rest")
     assert_alike(drawn(run, "rest"), {name: pixels for name, pixels in drawn(run, "drawn").items() if name >= "000003"})
-    labels = [list(csv.DictReader((run.folder / folder / "labels.csv").open())) for folder in ("drawn", "rest")]
-    assert labels[1] == labels[0][3:]
+    assert labels(run, "rest") == labels(run, "drawn")[3:]
 
 
 @pytest.mark.parametrize(
@@ -148,18 +208,25 @@ def test_guidance_0_ignores_the_classes(run, sample):
 # --- walks --------------------------------------------------------------------------------------------
 
 
-def test_a_walk_begins_and_ends_at_the_plain_pictures(run, sample):
+def test_a_walk_passes_the_plain_pictures(run, sample):
     sample("--guidance", 2, classes=True)
     walk = ["--guidance", 2, "--interp_steps", 4, "--batch_size", 3]
     sample("--interpolate", *walk, classes=True, to="next")
-    sample("--interpolate", "4,0:1", *walk, classes=True, to="chosen")
-    plain = drawn(run, "drawn")
-    for folder, first, last in (("next", 0, 1), ("chosen", 4, 1)):
-        steps = drawn(run, folder, "interpolation_*.png")
-        assert list(steps) == [f"interpolation_{i:03}.png" for i in range(4)]
-        assert abs(steps["interpolation_000.png"] - plain[f"{first:06}.png"]).max() <= 1
-        assert abs(steps["interpolation_003.png"] - plain[f"{last:06}.png"]).max() <= 1
-        assert picture(run.folder / folder / "interpolation.png").shape == (12, 2 + 4 * 10, 3)
+    sample("--interpolate", "4,0:1,2", *walk, "--gif", classes=True, to="chosen")
+    plain = list(drawn(run, "drawn").values())
+    for folder, stations in (("next", [0, 1]), ("chosen", [4, 1, 2])):
+        steps = list(drawn(run, folder).values())
+        assert len(steps) == 3 * (len(stations) - 1) + 1
+        for k, station in enumerate(stations):
+            assert abs(steps[3 * k] - plain[station]).max() <= 1
+        assert not (run.folder / folder / "grid.png").exists()
+    assert picture(run.folder / "next/interpolation.png").shape == (12, 2 + 4 * 10, 3)
+    with Image.open(run.folder / "chosen/interpolation.gif") as gif:
+        assert gif.n_frames == 7 and gif.size == (8, 8)
+    assert (
+        "drawn with other settings (walk [[4], [1]] ->"
+        not in sample("--interpolate", "4,0:1,2", *walk, classes=True, to="chosen").err
+    )
 
 
 # --- refusals -----------------------------------------------------------------------------------------
@@ -177,7 +244,7 @@ def test_a_walk_begins_and_ends_at_the_plain_pictures(run, sample):
         (("--interpolate", "--sampler", "ddpm"), False, 2, "--interpolate: needs a sampler without randomness"),
         (("--num_samples", 0), False, 2, "--num_samples: got '0', expected a whole number from 1 to 1000000."),
         (("--num_sample", 3), False, 2, "--num_sample: no such flag; did you mean --num_samples?"),
-        (("--output_dir", "drawn/../file/x"), False, 1, "Cannot write to drawn/../file/x: "),
+        (("--output_dir", "drawn/../file/x"), False, 1, "file/x/images: a file stands where a folder is needed."),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_sentence(run, sample, flags, classes, code, says):
@@ -206,5 +273,7 @@ src.runtime.pipeline.to_uint8 = to_uint8_under_fire
 
 def test_a_signal_leaves_whole_pictures_of_the_batches_done(run, sample):
     said = sample("--batch_size", 2, setup=SIGTERM_IN_BATCH_2, code=143).err
-    assert said == "sample.py: Stopped at once. The pictures written so far are whole.\n"
-    assert list(drawn(run, "drawn", "*")) == ["000000.png", "000001.png"]
+    assert said.startswith("sample.py: Stopped at once. The pictures written so far are whole")
+    assert list(drawn(run, "drawn")) == ["000000.png", "000001.png"]
+    sample()  # the same command goes on
+    assert len(drawn(run, "drawn")) == 5

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+import config
 from src.dataset import DeviceImages
 from src.runtime.build import build_diffusion, build_model, build_validation, open_images
 from src.runtime.checkpoint import TO_RESUME, load_checkpoint
@@ -74,7 +75,7 @@ def test_the_files_are_those_promised(trained):
 def test_checkpoints_are_plain_dicts_with_the_keys_promised(trained):
     for name in ("latest", "best", "epoch_002"):
         state = trained.state(name)
-        assert set(state) == {"version", *TO_RESUME} >= {"model", "ema", "optimizer", "step", "epoch", "config"}
+        assert set(state) == {"version", "last_step", *TO_RESUME} >= {"model", "ema", "optimizer", "step", "epoch", "config"}
         assert (state["step"], state["epoch"]) == {"epoch_002": (20, 2)}.get(name, (30, 3))
         assert state["config"]["UNET_DIM"] == 8
 
@@ -95,20 +96,23 @@ def test_best_is_the_lowest_validation_loss_of_the_ema_weights(run):
     for x_0, t, eps, _ in build_validation(settings, DeviceImages(open_images(settings, "val"), "cpu")):
         abar = diffusion.alphas_cumprod[t].float()[:, None, None, None]
         with torch.no_grad():
-            errors.append((model.eval()(abar.sqrt() * x_0 + (1 - abar).sqrt() * eps, t) - eps).square().mean((1, 2, 3)))
+            error = (model.eval()(abar.sqrt() * x_0 + (1 - abar).sqrt() * eps, t) - eps).square().mean((1, 2, 3))
+        errors.append(error * (5 * (1 - abar) / abar).flatten().clamp(max=1))
     assert torch.cat(errors).mean().item() == pytest.approx(best["best_loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["trained", "trained_with_classes"])
-def test_the_preview_shows_what_sample_py_draws(run, kind, request):
+def test_the_preview_is_the_sheet_that_sample_py_draws(run, kind, request):
+    """With classes it is guided, and their names stand under the pictures."""
     trained = request.getfixturevalue(kind)
     epoch = trained.folder / "checkpoints" / "epoch_002.pth"
-    run.sample("--checkpoint", epoch, "--num_samples", 4, "--steps", 3, "--precision", "fp32", "--output_dir", "drawn")
-    sheet = np.array(Image.open(trained.folder / "outputs/samples/epoch_002.png")).astype(int)
-    for i in range(4):
-        top, left = 2 + 10 * (i // 2), 2 + 10 * (i % 2)  # pictures of 8 pixels, gaps of 2
-        drawn = np.array(Image.open(run.folder / "drawn" / f"{i:06}.png")).astype(int)
-        assert abs(sheet[top : top + 8, left : left + 8] - drawn).max() <= 1
+    guidance = ["--guidance", config.PREVIEW_GUIDANCE] if kind == "trained_with_classes" else []
+    run.sample(
+        "--checkpoint", epoch, "--num_samples", 4, "--steps", 3, "--precision", "fp32", "--output_dir", "drawn", *guidance
+    )
+    preview, sheet = (np.array(Image.open(path)).astype(int) for path in
+                      (trained.folder / "outputs/samples/epoch_002.png", run.folder / "drawn/grid.png"))  # fmt: skip
+    assert preview.shape == sheet.shape and abs(preview - sheet).max() <= 1
 
 
 # --- TensorBoard --------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import time
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ class Evaluation:
         pixels = torch.zeros(count, *pipeline.shape, dtype=torch.uint8)
         steps = len(self.world.shard(range(0, count, flags.batch_size))) * pipeline.steps
         with tqdm(total=steps, unit="step", disable=self.world.hides_bars, dynamic_ncols=True) as bar:
-            for batch, images in pipeline.series(flags.seed, range(count), flags.batch_size, bar):
+            for batch, images in pipeline.series(range(count), flags.batch_size, bar, partial(pipeline.start, flags.seed)):
                 pixels[batch[0] : batch[-1] + 1] = images
         return PictureSet(f"{flags.checkpoint}, drawn", self.world.sum(pixels).numpy())  # those of other processes are 0 here
 

@@ -3,13 +3,11 @@
 train.py, sample.py and evaluate.py build through here, so the settings in a checkpoint always give the network back.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import nn
 
 from src import noise
-from src.dataset import Batch, DeviceImages, Images, TrainBatches, obtain, prepare, validation_batches
+from src.dataset import DeviceImages, Images, TrainBatches, ValidationBatches, obtain, prepare
 from src.diffusion import GaussianDiffusion
 from src.model import UNet
 from src.runtime.distributed import World
@@ -48,7 +46,7 @@ def open_images(settings: Settings, split: str) -> Images:
     return prepare(s.DATASET, s.DATA_PATH, split, s.IMAGE_SIZE, s.CACHE_PATH, s.NUM_WORKERS)
 
 
-def build_batches(settings: Settings, images: DeviceImages, world: World = World()) -> TrainBatches:  # noqa: B008 (immutable)
+def build_batches(settings: Settings, images: DeviceImages, world: World = World()) -> TrainBatches:
     world.local_batch_size(settings.BATCH_SIZE)  # raises FlagError if the processes cannot share it
     return TrainBatches(
         images,
@@ -63,12 +61,17 @@ def build_batches(settings: Settings, images: DeviceImages, world: World = World
     )
 
 
-def build_validation(settings: Settings, images: DeviceImages, world: World = World(), batch_size: int = 0) -> Iterator[Batch]:  # noqa: B008
-    """batch_size: images per batch and process; 0 takes that of training."""
-    return validation_batches(
+def build_validation(
+    settings: Settings,
+    images: DeviceImages,
+    world: World = World(),
+    batch_size: int = 0,
+) -> ValidationBatches:
+    """batch_size: images per batch and process; 0 takes four times that of training, since no backward pass needs memory."""
+    return ValidationBatches(
         images,
         count=settings.VAL_IMAGES,
-        batch_size=batch_size or world.local_batch_size(settings.BATCH_SIZE),
+        batch_size=batch_size or 4 * world.local_batch_size(settings.BATCH_SIZE),
         time_steps=settings.TIME_STEPS,
         has_labels=settings.CLASS_CONDITIONAL,
         rank=world.rank,

@@ -4,14 +4,13 @@ import contextlib
 import os
 import pickle
 import shlex
-import socket
 import sys
 import time
 import zipfile
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from src.dataset import Images
 from src.runtime.distributed import World
 from src.runtime.settings import Settings, as_flags, as_text, differences, settings_from_dict
-from src.utils import UserError, atomic_file, flush_folder, make_folder, reason, writing
+from src.utils import UserError, atomic_file, flush_folder, reason, writing
 
 VERSION = 2  # of the layout. This program reads its own version and older ones.
 TO_DRAW = ("config", "classes", "class_ids", "ema")
@@ -54,10 +53,19 @@ class Checkpoints:
     """
 
     def __init__(
-        self, settings: Settings, world: World, images: Images, progress: Progress, parts: Mapping, saved: Mapping | None
+        self,
+        settings: Settings,
+        world: World,
+        images: Images,
+        last_step: int,
+        progress: Progress,
+        parts: Mapping[str, Any],
+        saved: Mapping[str, Any] | None,
     ):
-        self.folder, self.world, self.progress, self.parts = Path(settings.CHECKPOINT_PATH), world, progress, parts
-        self.about = {"config": asdict(settings), "classes": images.classes, "class_ids": images.class_ids}
+        self.folder, self.world, self.progress, self.parts = settings.folder("CHECKPOINT_PATH"), world, progress, parts
+        self.classes: list[str] = images.classes
+        self.about = {"config": asdict(settings), "last_step": last_step}
+        self.about |= {"classes": images.classes, "class_ids": images.class_ids}
         self.saved_at = time.monotonic()
         if saved:
             self.restore(saved)
@@ -148,7 +156,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         difference = " ".join(str(error).split("\n")[1].split())[:200].rstrip(".")
         raise CheckpointError(
             f"The checkpoint does not fit the network of src/model.py ({difference}). Undo what was changed there since, "
-            f"or start anew with another folder: --checkpoint_path ./checkpoints/NAME."
+            f"or start anew under another name: --run NAME."
         ) from None
 
 
@@ -188,8 +196,8 @@ def find_latest(folder: Path) -> dict[str, Any] | None:
             steps[path] = load_checkpoint(path, mmap=True)["step"]
     if not steps:
         raise CheckpointError(
-            f"No checkpoint in {folder} loads. {damage or ''} Restore one from a backup, or start anew with another folder: "
-            f"--checkpoint_path ./checkpoints/NAME.".replace("  ", " ")
+            f"No checkpoint in {folder} loads. {damage or ''} Restore one from a backup, or start anew under another name: "
+            f"--run NAME.".replace("  ", " ")
         )
     newest = max(steps, key=lambda path: (steps[path], path))
     if damage:
@@ -205,13 +213,13 @@ def find_latest(folder: Path) -> dict[str, Any] | None:
 # What a resumed run may change freely: where things are, how fast, how often, how long.
 FREE = {
     *("DATA_PATH", "DATA_URL", "DATA_SIZE", "DATA_MD5", "CACHE_PATH", "CHECKPOINT_PATH", "OUTPUT_PATH", "LOG_PATH"),
-    *("NUM_WORKERS", "PRECISION", "COMPILE", "DEVICE", "ACTIVATION_CHECKPOINTING"),
+    *("NUM_WORKERS", "PRECISION", "COMPILE", "DEVICE", "ACTIVATION_CHECKPOINTING", "RUN", "PREVIEW_GUIDANCE"),
     *("EPOCHS", "NUM_SAMPLES", "PREVIEW_STEPS", "SAVE_EVERY", "SAVE_MINUTES", "SAMPLE_EVERY", "LOG_EVERY"),
 }
 # What changes the experiment but leaves the weights and the count of epochs meaningful: with --accept_changes.
 TUNABLE = {
     *("HORIZONTAL_FLIP", "DROPOUT", "LABEL_DROPOUT", "MIN_SNR_GAMMA", "VAL_IMAGES"),
-    *("LEARNING_RATE", "WARMUP_STEPS", "GRAD_CLIP", "EMA_DECAY"),
+    *("LEARNING_RATE", "LR_SCHEDULE", "WARMUP_STEPS", "GRAD_CLIP", "EMA_DECAY"),
 }
 
 
@@ -228,57 +236,17 @@ def check_resume(saved: Settings, settings: Settings, accept_changes: bool) -> N
     if all(name in TUNABLE for name, _, _ in refused):
         way_out += "; to go on with the new ones, add --accept_changes"
     raise CheckpointError(
-        f"{settings.CHECKPOINT_PATH}/latest.pth was trained with other settings ({listed}). "
-        f"Either {way_out}; or start anew with another folder: --checkpoint_path ./checkpoints/NAME."
+        f"{settings.folder('CHECKPOINT_PATH') / 'latest.pth'} was trained with other settings ({listed}). "
+        f"Either {way_out}; or start anew under another name: --run NAME."
     )
 
 
-# --- one run at a time ------------------------------------------------------------------------------------
-
-
-class FolderLock:
-    """`with FolderLock(folder, flag):` makes the folder and holds it until the block ends or the process dies. The operating
-    system keeps the lock, not the file `.lock`. flag: the setting that named the folder, for the message.
-    Raises UserError while another run lives, or without write permission."""
-
-    def __init__(self, folder: Path, flag: str):
-        self.folder, self.flag = folder, flag
-
-    def __enter__(self) -> "FolderLock":
-        make_folder(self.folder, self.flag)
-        with writing(self.folder, self.flag):
-            self.file = open(self.folder / ".lock", "a+", encoding="utf-8")
-        try:
-            take(self.file)
-        except (BlockingIOError, PermissionError):  # other errors: a file system without locks
-            self.file.seek(0)
-            owner = self.file.read().strip() or "another process"
-            self.file.close()
-            raise UserError(
-                f"{self.folder} is in use by {owner}. Wait for that run to end, or give this one {self.flag} of its own."
-            ) from None
-        except OSError as error:
-            print(f"Warning: {self.folder} cannot be locked ({reason(error)}). Make sure that only one run uses it at a time.")
-        with contextlib.suppress(OSError):  # a full disk: the lock holds, only without its owner's name
-            os.ftruncate(self.file.fileno(), 0)
-            os.write(self.file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        for part in self.folder.glob(".*.part-*"):  # what a run that was killed while saving left half-written
-            part.unlink(missing_ok=True)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-
-
-def take(file: IO[str]) -> None:
-    """Lock the open file, or raise BlockingIOError or PermissionError at once if another process has it."""
-    if os.name == "nt":
-        import msvcrt
-
-        file.seek(1 << 30)  # Windows locks bytes against reading too: lock one that is never read
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        file.seek(0)
-    else:
-        import fcntl
-
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: a child that outlives us would keep holding it
+def check_length(saved: Mapping[str, Any] | None, settings: Settings, last_step: int, accept_changes: bool) -> None:
+    """Refuse to resume a run whose learning rate decays if it would end elsewhere: the rate of each step would be another."""
+    before = saved.get("last_step", last_step) if saved else last_step
+    if settings.LR_SCHEDULE != "constant" and before != last_step and not accept_changes:
+        raise CheckpointError(
+            f"LR_SCHEDULE {settings.LR_SCHEDULE}: the learning rate decayed towards step {before:,}, and this command ends at "
+            f"step {last_step:,}. Either give the same --epochs and --max_steps; or decay over the new length with "
+            f"--accept_changes."
+        )

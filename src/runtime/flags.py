@@ -85,6 +85,7 @@ def read_path(value: Any) -> str:
 
 
 PATH = kind("a path", read_path, lambda path: bool(path.strip()), metavar="PATH")
+RUN = text("a name of letters, digits, '-', '_' and '.'", r"(?!\.)[\w.-]*", "NAME")
 WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 TRUTH = kind("true or false", lambda x: WORDS.get(str(x).lower()), lambda x: x is not None, metavar="BOOL")
 TRUTH |= {"nargs": "?", "const": True}  # --gif alone is --gif true

@@ -4,23 +4,28 @@ import contextlib
 import math
 import os
 import secrets
+import shlex
 import socket
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.summary.writer.record_writer import RecordWriter
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.tensorboard import summary
 from tqdm import tqdm
 
+from src.dataset import TrainBatches, ValidationBatches
+from src.model import parameter_count
 from src.runtime.device import peak_memory
 from src.runtime.distributed import World
-from src.runtime.settings import Settings
-from src.utils import writing
+from src.runtime.settings import Run, Settings, as_text, changed_from_defaults
+from src.utils import count, writing
 
 SECONDS_PER_LINE = 60  # between lines of progress where there is no terminal for a bar
 QUARTERS = ("1_least_noise", "2", "3", "4_most_noise")  # of [0, T)
@@ -32,7 +37,7 @@ class Meter:
     Values that are not finite are left out: under fp16 a step whose gradients overflow is skipped now and then.
     """
 
-    def __init__(self, time_steps: int, device: torch.device, world: World = World()):  # noqa: B008 (immutable)
+    def __init__(self, time_steps: int, device: torch.device, world: World = World()):
         self.time_steps, self.world = time_steps, world
         self.sums = torch.zeros(2, 4, device=device)  # loss, images
         self.norms = torch.zeros(2, device=device)  # gradient norm, steps
@@ -125,14 +130,14 @@ class Monitor:
     """
 
     def __init__(self, settings: Settings, world: World, device: torch.device, first_step: int, last_step: int):
-        self.log_path, self.last_step, self.device = Path(settings.LOG_PATH), last_step, device
+        self.log_path, self.last_step, self.device = settings.folder("LOG_PATH"), last_step, device
         self.images_per_step = settings.BATCH_SIZE * settings.GRAD_ACCUM_STEPS
         self.events: EventFile | None = None
         if world.is_main:
             with writing(self.log_path, "--log_path"):
                 self.events = EventFile(self.log_path, purge_step=first_step + 1)
                 self.events.table(first_step, "settings", asdict(settings))
-        options = dict(unit="step", smoothing=0.05, dynamic_ncols=True)
+        options = dict(unit="step", smoothing=0, dynamic_ncols=True)  # the mean so far: validations count
         self.bar = tqdm(total=last_step, initial=first_step, disable=world.hides_bars, **options)
         self.restart_clock(first_step)
         self.line_clock = self.clock
@@ -169,6 +174,10 @@ class Monitor:
             with writing(self.log_path, "--log_path"):
                 action(self.events)
 
+    def track(self, task: str, items: Any) -> Iterable:
+        """The items, with a bar of their own below the run's."""
+        return tqdm(items, desc=task, unit="batch", leave=False, disable=self.bar.disable, dynamic_ncols=True)
+
     def say(self, text: str) -> None:
         """A line above the bar."""
         self.bar.write(text) if not self.bar.disable else print(text, flush=True)
@@ -181,3 +190,47 @@ class Monitor:
         if self.events:
             with contextlib.suppress(OSError):  # all that matters was flushed before the last save
                 self.events.close()
+
+
+def print_plan(
+    run: Run,
+    config: ModuleType,
+    world: World,
+    device: str,
+    dtype: torch.dtype,
+    model: nn.Module,
+    batches: TrainBatches,
+    val_batches: ValidationBatches,
+    step: int,
+) -> None:
+    """What will happen, before it does."""
+    s, (last_step, limit) = run.settings, run.limit(batches.steps_per_epoch)
+    changed = [f"{name} {as_text(new)}" for name, _, new in changed_from_defaults(s, config)]
+    preset = f" (preset {run.preset})" if run.preset else ""
+    done = f"going on after step {step:,}" if step else "starting anew"
+    together = f"; {world.size} processes of {batches.local_batch_size} images each" if world.size > 1 else ""
+    per_epoch = f"{batches.steps_per_epoch:,} an epoch, {count(batches.images_per_step, 'image')} each"
+    size = f"{s.IMAGE_SIZE}x{s.IMAGE_SIZE}"
+    for title, text in {
+        "settings": (", ".join(changed) or "all defaults") + preset,
+        "device": f"{device}, {as_text(dtype).removeprefix('torch.')}{together}",
+        "network": f"{parameter_count(model):,} parameters",
+        "images": f"{len(batches.images):,} for training, {len(val_batches.rows):,} for validation, {size}",
+        "steps": f"{last_step:,} in all by {limit} ({per_epoch}), {done}",
+        "saves to": s.folder("CHECKPOINT_PATH").resolve(),
+        "grids in": s.folder("OUTPUT_PATH").resolve() / "samples",
+        "logs in": s.folder("LOG_PATH").resolve(),
+    }.items():
+        print(f"{title:<9} {text}", flush=True)
+
+
+def print_summary(s: Settings, step: int, last_step: int) -> None:
+    """Where the run stands, and the next command to type."""
+    latest, best = (s.folder("CHECKPOINT_PATH") / name for name in ("latest.pth", "best.pth"))
+    if step < last_step:
+        print(f"Stopped after step {step:,} of {last_step:,}; {latest} is saved. The same command goes on from there.")
+        return
+    is_default = s.RUN and Path(s.CHECKPOINT_PATH) == Path("checkpoints")
+    which = f"--run {s.RUN}" if is_default else f"--checkpoint {shlex.quote(str(best))}"
+    guidance = f" --guidance {s.PREVIEW_GUIDANCE:g}" if s.CLASS_CONDITIONAL and s.PREVIEW_GUIDANCE != 1 else ""
+    print(f"Done: step {step:,}. Draw pictures with: python sample.py {which}{guidance}")

@@ -1,6 +1,7 @@
 """A checkpoint ready to draw, for the scripts: the flags that say how to draw, and the drawing itself."""
 
 import difflib
+import hashlib
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -11,18 +12,29 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from src.diffusion import Model
 from src.noise import PictureNoise
 from src.runtime.build import build_diffusion, build_model
 from src.runtime.checkpoint import TO_DRAW, load_checkpoint, load_weights
 from src.runtime.device import InPrecision, pick_device, pick_precision, place, should_compile, synchronize
 from src.runtime.distributed import World
-from src.runtime.flags import Kind, choice, number, whole
+from src.runtime.flags import PATH, RUN, Kind, choice, number, whole
 from src.runtime.settings import KINDS
-from src.samplers import SAMPLERS
+from src.samplers import SAMPLERS, Noise
 from src.utils import FlagError, count, grid, to_uint8
 
 DEFAULT_STEPS = {"ddim": 50, "dpm++": 20}  # ddpm takes all that the model was trained with
 GIF_FRAMES, GIF_IMAGES = 50, 16  # the most that denoising.gif shows
+
+
+def add_checkpoint_flags(group: Any) -> None:
+    group.add_argument("--checkpoint", **PATH, help="the checkpoint (default: checkpoints/best.pth)")
+    comment = "name of a run: its checkpoint is checkpoints/NAME/best.pth, its outputs lie below outputs/NAME"
+    group.add_argument("--run", **RUN, default="", help=comment)
+
+
+def checkpoint_of(flags: Namespace) -> str:
+    return flags.checkpoint or str(Path("checkpoints", flags.run, "best.pth"))
 
 
 def add_drawing_flags(group: Any) -> None:
@@ -83,7 +95,7 @@ def find_class(word: str, classes: Sequence[str], class_ids: Sequence[str]) -> i
 class Pipeline:
     """A checkpoint ready to draw: the network, the diffusion, the classes, and how the flags want it done."""
 
-    def __init__(self, flags: Namespace, world: World = World()):  # noqa: B008 (immutable)
+    def __init__(self, flags: Namespace, world: World = World()):
         self.world = world
         weights = "ema" if flags.weights == "ema" else "model"
         state = load_checkpoint(Path(flags.checkpoint), (*TO_DRAW, weights), mmap=True)
@@ -106,7 +118,8 @@ class Pipeline:
         self.device = pick_device(flags.device, world.local_rank)
         self.dtype = pick_precision(flags.precision, self.device)
         model = build_model(s, len(self.classes))
-        load_weights(model, state[weights])
+        self.weights = state[weights]
+        load_weights(model, self.weights)
         place(model.eval().requires_grad_(False), self.device, self.dtype)
         self.network: Callable = InPrecision(model, self.device, self.dtype)
         self.is_compiled = should_compile(flags.compile, self.device)
@@ -123,6 +136,14 @@ class Pipeline:
     def to_y(self, labels: Sequence[int | None]) -> Tensor | None:
         return torch.tensor(labels, device=self.device) if self.labels else None
 
+    def about(self) -> dict[str, Any]:
+        """What pictures depend on, but for their seed and number: pictures with the same may lie in one folder."""
+        digest = hashlib.sha256()
+        for weight in self.weights.values():
+            digest.update(weight.contiguous().flatten().view(torch.uint8).numpy().data)
+        about = {"weights": digest.hexdigest()[:16], "sampler": self.sampler, "steps": self.steps, "eta": self.eta}
+        return about | ({"guidance": self.guidance, "classes": self.labels} if self.labels else {})
+
     def seconds_per_call(self, pictures: int, batch_size: int) -> float:
         """Time of the network for one picture, from one call on a batch of the usual size, on a CPU of at most four."""
         batch = min(batch_size, pictures, batch_size if self.device.type == "cuda" else 4)
@@ -138,40 +159,48 @@ class Pipeline:
 
     def seconds(self, pictures: int, batch_size: int) -> float:
         """How long all processes together take to draw `pictures`."""
+        if not pictures:
+            return 0.0
         calls_per_step = 1 if self.guidance in (0, 1) else 2
         seconds = self.seconds_per_call(pictures, batch_size) * pictures * self.steps * calls_per_step
         return seconds / min(self.world.size, -(-pictures // batch_size))
 
+    def start(self, seed: int, indices: Sequence[int]) -> tuple[Noise, Tensor | None, Model]:
+        """What pictures number `indices` of the series `seed` start from: their noise, their classes, and the network."""
+        y = self.to_y([self.label(i) for i in indices])
+        return PictureNoise(seed, indices, self.shape, self.device), y, self.network
+
+    def series(
+        self,
+        indices: Sequence[int],
+        batch_size: int,
+        bar: tqdm,
+        start: Callable[[Sequence[int]], tuple[Noise, Tensor | None, Model]],
+        frames: list | None = None,
+    ) -> Iterator[tuple[Sequence[int], Tensor]]:
+        """This process's part of the pictures number `indices`, batch by batch: (their numbers, [B, 3, S, S] uint8).
+        start: as the method above, for a given seed.   frames: a list that gets what denoising.gif shows of the first batch."""
+        firsts = self.world.shard(range(0, len(indices), batch_size))
+        for first in firsts:
+            batch = indices[first : first + batch_size]
+            drawn = list(batch)
+            if self.is_compiled and first > firsts[0]:  # another shape would be compiled anew: fill up the last batch
+                drawn += [drawn[-1]] * (batch_size - len(drawn))
+            yield batch, self.draw(*start(drawn), bar, frames if first == 0 else None)[: len(batch)]
+
     @torch.no_grad()
-    def draw(
-        self, noise: Callable[[int], Tensor], y: Tensor | None, bar: tqdm, frames: list | None = None, network: Any = None
-    ) -> Tensor:
-        """One batch from noise(0), [B, 3, S, S], as uint8. frames: a list that gets what denoising.gif shows of it."""
-        denoiser = self.diffusion.denoiser(network or self.network, y, self.guidance)
+    def draw(self, noise: Noise, y: Tensor | None, network: Model, bar: tqdm, frames: list | None = None) -> Tensor:
+        """One batch from noise(0), [B, 3, S, S], as uint8."""
+        path, denoiser = self.diffusion.path(self.steps), self.diffusion.denoiser(network, y, self.guidance)
         every = -(-self.steps // GIF_FRAMES)
-        path = self.diffusion.path(self.steps)
-        trajectory = self.diffusion.trajectory(self.sampler, noise(0), path, denoiser, noise, self.eta)
-        for k, (x, x_0) in enumerate(trajectory, start=1):
+        for k, (x, x_0) in enumerate(
+            self.diffusion.trajectory(self.sampler, noise(0), path, denoiser, noise, self.eta), start=1
+        ):
             if frames is not None and (k % every == 0 or k == self.steps):
                 left, right = (grid(to_uint8(images[:GIF_IMAGES])) for images in (x, x_0))
                 frames.append(torch.cat([left, right], dim=2))
             bar.update()
         return to_uint8(x)
-
-    def series(
-        self, seed: int, indices: Sequence[int], batch_size: int, bar: tqdm, frames: list | None = None
-    ) -> Iterator[tuple[Sequence[int], Tensor]]:
-        """This process's part of the pictures number `indices` of the series `seed`, batch by batch: (their numbers,
-        [B, 3, S, S] uint8). frames: as in `draw`, for the first batch."""
-        starts = self.world.shard(range(0, len(indices), batch_size))
-        for start in starts:
-            batch = indices[start : start + batch_size]
-            drawn = list(batch)
-            if self.is_compiled and start > starts[0]:  # another shape would be compiled anew: fill up the last batch
-                drawn += [drawn[-1]] * (batch_size - len(drawn))
-            noise = PictureNoise(seed, drawn, self.shape, self.device)
-            y = self.to_y([self.label(i) for i in drawn])
-            yield batch, self.draw(noise, y, bar, frames if start == 0 else None)[: len(batch)]
 
 
 def duration(seconds: float) -> str:

@@ -11,10 +11,11 @@ import shlex
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, NoReturn
 
-from src.runtime.flags import PATH, TRUTH, FlagParser, choice, did_you_mean, expected, number, text, whole, wholes
+from src.runtime.flags import PATH, RUN, TRUTH, FlagParser, choice, did_you_mean, expected, number, text, whole, wholes
 from src.utils import FlagError, UserError
 
 
@@ -47,6 +48,7 @@ class Settings:
     BATCH_SIZE: int = field(metadata=whole(1, 1_000_000))
     GRAD_ACCUM_STEPS: int = field(metadata=whole(1, 1_000_000))
     LEARNING_RATE: float = field(metadata=number(0, 10, without=0))
+    LR_SCHEDULE: str = field(default="constant", metadata=choice("constant", "cosine", "linear"))
     WARMUP_STEPS: int = field(metadata=whole(0))
     EPOCHS: int = field(metadata=whole(1, 1_000_000))
     GRAD_CLIP: float = field(metadata=number(0, 1e9))
@@ -58,13 +60,19 @@ class Settings:
     VAL_IMAGES: int = field(metadata=whole(1))
     NUM_SAMPLES: int = field(metadata=whole(1, 10_000))
     PREVIEW_STEPS: int = field(metadata=whole(1, 100_000))
+    PREVIEW_GUIDANCE: float = field(default=1.0, metadata=number(0, 100))
     SAVE_EVERY: int = field(metadata=whole(1))
     SAVE_MINUTES: float = field(metadata=number(0, 100_000))
     SAMPLE_EVERY: int = field(metadata=whole(1))
     LOG_EVERY: int = field(metadata=whole(1))
+    RUN: str = field(default="", metadata=RUN)
     CHECKPOINT_PATH: str = field(metadata=PATH)
     OUTPUT_PATH: str = field(metadata=PATH)
     LOG_PATH: str = field(metadata=PATH)
+
+    def folder(self, name: str) -> Path:
+        """CHECKPOINT_PATH, OUTPUT_PATH or LOG_PATH of this run: RUN is a sub-folder of each."""
+        return Path(getattr(self, name), self.RUN)
 
 
 KINDS = {setting.name: dict(setting.metadata) for setting in fields(Settings)}
@@ -79,6 +87,7 @@ class Run(NamedTuple):
     preset: str | None = None
     max_steps: int | None = None
     accept_changes: bool = False  # resume although settings differ from the checkpoint's
+    init_from: str | None = None  # checkpoint whose weights a new run starts from
 
     def limit(self, steps_per_epoch: int) -> tuple[int, str]:
         """The last optimizer step, and the setting that makes it the last. A typed --max_steps beats EPOCHS, unless --epochs
@@ -121,6 +130,7 @@ def train_flags(config: ModuleType, constants: Mapping[str, Any], presets: Mappi
     run.add_argument("--max_steps", **whole(1), help="optimizer steps in all, also past EPOCHS (default: EPOCHS alone)")
     changes = "resume although settings of the training differ from the checkpoint's (default: false)"
     run.add_argument("--accept_changes", **TRUTH, help=changes)
+    run.add_argument("--init_from", **PATH, help="start a new run from the weights of this checkpoint, as far as they fit")
     comments = read_comments(config)
     groups = {section: parser.add_argument_group(section) for section in dict.fromkeys(c[0] for c in comments.values())}
     for name, kind in KINDS.items():

@@ -20,7 +20,6 @@ from src.runtime.checkpoint import (
     CheckpointError,
     Checkpoints,
     DamagedCheckpoint,
-    FolderLock,
     Progress,
     check_resume,
     find_latest,
@@ -28,6 +27,7 @@ from src.runtime.checkpoint import (
     load_weights,
 )
 from src.runtime.distributed import World
+from src.runtime.folders import FolderLock
 from src.runtime.monitor import Meter
 from src.runtime.settings import KINDS, resolve
 from src.utils import UserError
@@ -59,7 +59,7 @@ class Parts:
 
     def checkpoints(self, folder: Path, settings, progress: Progress, saved=None) -> Checkpoints:
         images = SimpleNamespace(classes=["a"], class_ids=["a"])
-        return Checkpoints(replace(settings, CHECKPOINT_PATH=str(folder)), World(), images, progress, self.table, saved)
+        return Checkpoints(replace(settings, CHECKPOINT_PATH=str(folder)), World(), images, 30, progress, self.table, saved)
 
     def save(self, path: Path, settings, step: int = 3) -> Path:
         self.checkpoints(path.parent, settings, Progress(step, 1, 0.5)).save(path.stem)
@@ -72,7 +72,7 @@ class Parts:
 def test_what_is_saved_is_loaded_to_the_last_bit(tmp_path, settings):
     parts = Parts()
     state = load_checkpoint(parts.save(tmp_path / "latest.pth", settings))
-    assert state.keys() == {"version", *TO_RESUME}
+    assert state.keys() == {"version", "last_step", *TO_RESUME}
     assert same(state["model"], dict(parts.model.state_dict()))
     assert same(state["optimizer"], parts.optimizer.state_dict())
     assert state["config"] == replace(settings, CHECKPOINT_PATH=str(tmp_path))
@@ -262,7 +262,7 @@ def test_a_setting_is_free_or_asks_for_accept_changes_or_is_refused(settings, na
         return check_resume(settings, new, False)
     with pytest.raises(CheckpointError, match=rf"other settings \({name} .* -> .*\)") as caught:
         check_resume(settings, new, False)
-    assert f"--{name.lower()}" in str(caught.value) and "start anew with another folder" in str(caught.value)
+    assert f"--{name.lower()}" in str(caught.value) and "start anew under another name" in str(caught.value)
     assert ("--accept_changes" in str(caught.value)) == (name in TUNABLE)
     if name in TUNABLE:
         return check_resume(settings, new, True)

@@ -85,16 +85,16 @@ def test_several_processes_give_the_losses_and_the_grid_of_one(run, alone, size)
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (4, 2)])
 def test_a_run_goes_on_with_another_number_of_processes(run, alone, before, after):
-    for size, steps in ((before, 23), (after, None)):
+    for size, setup, code in ((before, signal_at(22, 0, "SIGTERM"), 143), (after, "", 0)):
         if size == 1:
-            run.train(**STEPS_50, max_steps=steps)
+            run.train(setup, code=code, **STEPS_50)
         else:
-            train_all(run, size, **STEPS_50, max_steps=steps)
+            train_all(run, size, codes=[code] * size, setups={0: setup}, **STEPS_50)
     assert_nearly_the_same_run(run, alone)
 
 
 def test_a_resumed_run_of_two_is_the_uninterrupted_one_bit_for_bit(run, pair):
-    train_all(run, 2, **STEPS_50, max_steps=13)
+    train_all(run, 2, codes=[143, 143], setups={1: signal_at(12, 0, "SIGTERM")}, **STEPS_50)
     train_all(run, 2, **STEPS_50)
     assert differences(run.state(), pair.state()) == []
     assert run.scalars() == pair.scalars()
@@ -104,7 +104,8 @@ def test_the_first_points_after_a_resume_are_means_over_all_processes(run):
     settings = STEPS_50 | {"LOG_EVERY": 4, "EPOCHS": 2}
     whole, parts = run.to("whole"), run.to("parts")
     whole.train(**settings)
-    train_all(parts, 2, **settings, max_steps=6)  # two steps into the mean that is shown after step 8
+    stop = {0: signal_at(5, 0, "SIGTERM")}  # two steps into the mean that is shown after step 8
+    train_all(parts, 2, codes=[143, 143], setups=stop, **settings)
     train_all(parts, 2, **settings)
     for tag, points in whole.scalars().items():
         assert [value for _, value in parts.scalars()[tag]] == pytest.approx([value for _, value in points], rel=1e-4), tag
@@ -208,7 +209,7 @@ def test_a_batch_that_cannot_be_shared_is_refused_once(run):
 
 def test_processes_that_would_go_on_from_different_steps_are_refused(run):
     run.train(max_steps=4)
-    processes = start_all(run, "train.py", [run.flags(), run.flags(CHECKPOINT_PATH="not_shared")])
+    processes = start_all(run, "train.py", [run.flags(), run.flags(RUN="not_shared")])
     for process in processes:
         ended(process, 1)
         assert "do not agree on the step to go on from" in process.err

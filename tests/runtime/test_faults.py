@@ -307,11 +307,11 @@ def overflow_while_drawing(run, trained):
 @fault("Out of memory while drawing")
 def memory_while_drawing(run, trained):
     checkpoint = trained.folder / "checkpoints" / "best.pth"
-    words = ["--checkpoint", checkpoint, "--num_samples", 3, "--batch_size", 1, "--output_dir", "drawn", "--device", "cpu"]
-    run.sample(*words)
-    before = run.files("drawn/*")
-    process = run.start("sample.py", *words, "--overwrite", setup=GPU_IS_FULL).wait()
-    assert run.files("drawn/*") == before
+    words = ["--checkpoint", checkpoint, "--batch_size", 1, "--output_dir", "drawn", "--device", "cpu"]
+    run.sample(*words, "--num_samples", 2)
+    before = run.files("*.png")
+    process = run.start("sample.py", *words, "--num_samples", 3, setup=GPU_IS_FULL).wait()
+    assert run.files("*.png") == before
     return process
 
 
@@ -355,7 +355,7 @@ Image.Image.save = full
 """
     process = run.start_train(setup).wait()
     kept(run, before)
-    assert not run.files("*.png")
+    assert list(run.files("*.png")) == ["outputs/samples/epoch_001.png"]
     return process
 
 
@@ -508,6 +508,18 @@ class OtherUNet(src.runtime.build.UNet):
 
 src.runtime.build.UNet = OtherUNet
 """
+
+
+@fault("The previews or curves of another run are in the folder")
+def folders_of_another_run(run):
+    run.train(max_steps=1)
+    before = run.files("*")
+    process = run.start_train(CHECKPOINT_PATH="checkpoints/mine").wait()
+    assert {
+        name: data for name, data in run.files("*").items() if name in before and "std" not in name
+    }.items() <= before.items()
+    run.train(RUN="mine", max_steps=1)  # the command that works
+    return process
 
 
 @fault("The network in src/model.py was changed")

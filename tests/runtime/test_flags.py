@@ -91,7 +91,8 @@ def test_there_are_numbers_to_check():
 def test_the_pictures_of_interpolate_are_numbers_with_the_same_ranges():
     assert PARSERS["sample.py"].parse(["--interpolate", "3,5:7"]).interpolate == [(None, 3), (5, 7)]
     assert PARSERS["sample.py"].parse(["--interpolate"]).interpolate == "next"
-    for bad in ("3", "1,2,3", "1:2:3,4", "a,b", "-1,2", f"{2**32}:1,2", f"1,{10**30}", "nan,1", "", "1:,2"):
+    assert PARSERS["sample.py"].parse(["--interpolate", "1,2,0:3"]).interpolate == [(None, 1), (None, 2), (0, 3)]
+    for bad in ("3", "1:2:3,4", "a,b", "-1,2", f"{2**32}:1,2", f"1,{10**30}", "nan,1", "", "1:,2"):
         assert refusal(PARSERS["sample.py"], "--interpolate", bad).startswith(f"--interpolate: got {bad!r}, expected two")
 
 
@@ -110,7 +111,7 @@ def test_every_path_is_expanded_or_refused(monkeypatch, script, flag, _):
 
 
 def test_every_flag_whose_name_says_that_it_is_a_path_is_one():
-    named = re.compile(r"--(.*_(path|dir)|checkpoint|samples|reference|features)")
+    named = re.compile(r"--(.*_(path|dir)|checkpoint|samples|reference|features|init_from)")
     flags = {(script, flag) for script, parser in PARSERS.items() for flag in parser._option_string_actions}
     assert {pair for pair in flags if named.fullmatch(pair[1])} == {param.values[:2] for param in flags_with("a path")}
 

@@ -1,5 +1,7 @@
 """Drawing from a checkpoint: what the scripts share."""
 
+from functools import partial
+
 import pytest
 import torch
 from tqdm import tqdm
@@ -16,7 +18,8 @@ def test_a_compiled_network_meets_one_shape_and_draws_the_same_pictures(trained,
     pipeline = Pipeline(
         sample.read_flags(["--checkpoint", str(checkpoint), "--steps", "2", "--device", "cpu", "--compile", "false"])
     )
-    plain = torch.cat([pictures for _, pictures in pipeline.series(0, range(5), 5, tqdm(disable=True))])
+    start = partial(pipeline.start, 0)
+    plain = torch.cat([pictures for _, pictures in pipeline.series(range(5), 5, tqdm(disable=True), start)])
 
     network, sizes = pipeline.network, set()
 
@@ -25,7 +28,7 @@ def test_a_compiled_network_meets_one_shape_and_draws_the_same_pictures(trained,
         return network(x, t, y)
 
     pipeline.network, pipeline.is_compiled = counted, is_compiled
-    numbers, pictures = zip(*pipeline.series(0, range(5), 2, tqdm(disable=True)))
+    numbers, pictures = zip(*pipeline.series(range(5), 2, tqdm(disable=True), start))
     assert [number for batch in numbers for number in batch] == [0, 1, 2, 3, 4]
     assert (torch.cat(pictures).int() - plain.int()).abs().max() <= 1  # grey level
     assert sizes == ({2} if is_compiled else {2, 1})

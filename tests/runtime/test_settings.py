@@ -262,7 +262,7 @@ def test_help_shows_each_constant_with_its_comment_and_default_and_what_a_preset
     entries = {entry.split()[0]: "".join(entry.split()) for entry in re.split(r"\n\n|\n(?=  --)", flags) if entry}
     comments = read_comments(config)
     for name in KINDS:
-        value = as_flags({name: getattr(DEFAULTS, name)}).replace("=", " ").split(" ", 1)[1]
+        value = as_flags({name: getattr(DEFAULTS, name)}).replace("=", " ").split(" ", 1)[1].replace("''", "none")
         assert comments[name][1] and "".join(f"{comments[name][1]}(default:{value})".split()) in entries[f"--{name.lower()}"]
     for preset, changes in config.PRESETS.items():
         assert f"{preset}: {as_flags(changes)}" in " ".join(presets.split())
