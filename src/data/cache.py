@@ -20,7 +20,7 @@ from tqdm import tqdm
 from src.data.decode import to_uint8
 from src.utils import UserError, atomic_file
 
-FORMAT = 1  # of the cache file and of to_uint8; count up when either changes, and caches are made again
+FORMAT = 2  # of the cache file and of to_uint8; count up when either changes, and caches are made again
 CHUNK = 64  # pictures a worker decodes and hands over at a time
 ABANDONED = 600  # seconds without a write after which a half-made cache is left over from a killed run
 

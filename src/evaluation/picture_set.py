@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from src.data.decode import decoding, open_image, to_rgb, upright
+from src.data.decode import open_image, to_rgb
 from src.data.folder import SUFFIXES, folders_below, pictures, what_is_in
 from src.utils import UserError, atomic_file, reading
 
@@ -70,9 +70,7 @@ def read_folder(path: Path, flag: str) -> PictureSet:
         raise UserError(f"{flag}: {path} holds no pictures, only {what_is_in(path)}. Pictures end in {' '.join(SUFFIXES)}.")
     pixels = np.empty((0, 0, 0, 0), dtype=np.uint8)
     for i, entry in enumerate(tqdm(files, desc="reading", unit=" pictures", disable=None, leave=False)):
-        image = open_image(entry.path)
-        with decoding(entry.path):
-            picture = np.asarray(to_rgb(upright(image))).transpose(2, 0, 1)
+        picture = np.asarray(to_rgb(open_image(entry.path))).transpose(2, 0, 1)
         if i == 0:
             pixels = np.empty((len(files), *picture.shape), dtype=np.uint8)
         if picture.shape != pixels.shape[1:]:

@@ -613,6 +613,17 @@ def truncated_picture(run):
     return process
 
 
+@fault("A bit of a PNG has flipped")
+def flipped_bit_of_a_picture(run):
+    def change(folder: Path) -> None:
+        path = next((folder / "red circle").glob("*.png"))
+        data = bytearray(path.read_bytes())
+        data[-20] ^= 1
+        path.write_bytes(data)
+
+    return with_pictures(run, change)
+
+
 @fault("Fewer pictures than a step takes")
 def too_few_pictures(run):
     return run.start_train(BATCH_SIZE=64, GRAD_ACCUM_STEPS=2).wait()
