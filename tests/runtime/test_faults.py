@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -385,6 +386,29 @@ def no_permission_for_the_cache(run):
     return run.start_train(CACHE_PATH=below_a_file(run)).wait()
 
 
+LITTLE_DISK = """
+import shutil
+usage = shutil.disk_usage
+shutil.disk_usage = lambda path: usage(path)._replace(free=1000)
+"""
+
+
+@fault("The disk is too small for the cache")
+def little_disk_for_the_cache(run):
+    process = run.start_train(LITTLE_DISK, CACHE_PATH="cache").wait()
+    assert not run.files("cache/*")
+    return process
+
+
+@fault("The cache cannot be read")
+def unreadable_cache(run):
+    run.train(max_steps=1, CACHE_PATH="cache")
+    (path,) = (run.folder / "cache").glob("*train*")
+    path.unlink()
+    path.mkdir()
+    return run.start_train(CACHE_PATH="cache").wait()
+
+
 @fault("No permission to write pictures")
 def no_permission_for_pictures(run, trained):
     checkpoint = trained.folder / "checkpoints" / "best.pth"
@@ -620,6 +644,19 @@ def flipped_bit_of_a_picture(run):
         data = bytearray(path.read_bytes())
         data[-20] ^= 1
         path.write_bytes(data)
+
+    return with_pictures(run, change)
+
+
+@fault("A broken colour profile")
+def broken_profile(run):
+    return with_pictures(run, lambda folder: Image.new("RGB", (9, 9)).save(folder / "red circle" / "x.jpg", icc_profile=b"x"))
+
+
+@fault("12 bits in a file of 16, and no word about it")
+def twelve_bits(run):
+    def change(folder: Path) -> None:
+        Image.fromarray(np.full((9, 9), 3000, np.uint16)).save(folder / "red circle" / "x.png")
 
     return with_pictures(run, change)
 
