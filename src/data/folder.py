@@ -173,7 +173,7 @@ def obtain_tiny_imagenet(path: str | os.PathLike, url: str, size: int = 0, md5: 
         print(f"{path} is not there: downloading {url}")
         fetch(url, archive, size, md5)
     print(f"unpacking {archive} to {path}")
-    extract(archive, path)
+    extract(archive, path, "wnids.txt")
 
 
 def pictures(folder: Path) -> list[os.DirEntry]:

@@ -685,6 +685,10 @@ class Misbehaving(http.server.BaseHTTPRequestHandler):
         way, body = self.path.split("/")[1], self.server.file
         if way == "missing":
             return self.send_error(404)
+        if way == "later":
+            self.send_response(429)
+            self.send_header("Retry-After", "3600")
+            return self.end_headers()
         self.send_response(200)
         self.send_header("Content-Type", "text/html" if way == "html" else "application/zip")
         self.send_header("Content-Length", str(len(body)))
@@ -735,6 +739,11 @@ def http_cut(run, server):
 @fault("There is no network")
 def no_network(run, server):
     return download(run, server, "", DATA_URL="http://127.0.0.1:9/a.zip")
+
+
+@fault("The server asks to wait for long")
+def http_later(run, server):
+    return download(run, server, "later")
 
 
 @fault("The server sends a web page")
