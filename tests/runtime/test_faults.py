@@ -614,7 +614,75 @@ def no_pictures(run):
         (folder / "notes.txt").touch()
 
     process = with_pictures(run, change)
-    assert "Found there: 1 .txt." in process.err
+    assert "Found there besides: 1 .txt (notes.txt)." in process.err
+    return process
+
+
+UNREADABLE = """
+import os
+scandir = os.scandir
+
+def refuse(path):
+    if str(path).endswith("red circle"):
+        raise PermissionError(13, "Permission denied", str(path))
+    return scandir(path)
+
+os.scandir = refuse
+"""
+
+
+@fault("A folder of pictures that cannot be read")
+def unreadable_folder(run):
+    return run.start_train(UNREADABLE).wait()
+
+
+@fault("Files that are no pictures, hidden, or of an unread kind")
+def strays(run):
+    def change(folder: Path) -> None:
+        for name in ("IMG_1.HEIC", "red circle/.hidden.png", "red circle/Thumbs.db"):
+            (folder / name).touch()
+
+    process = with_pictures(run, change)
+    assert ": 1 .heic (IMG_1.HEIC), 1 hidden (red circle/.hidden.png), 1 .db (red circle/Thumbs.db). Pictures" in process.out
+    return process
+
+
+@fault("Pictures that this program made lie below the folder")
+def own_pictures(run):
+    folder = run.folder / "pictures"
+    shutil.copytree(run.pictures, folder)
+    run.train(DATA_PATH=folder, OUTPUT_PATH=folder / "outputs", max_steps=20)
+    process = run.start_train(DATA_PATH=folder, OUTPUT_PATH=folder / "outputs").wait()
+    assert "80 images of 4 classes" in process.out
+    return process
+
+
+def split_pictures(folder: Path) -> None:
+    """One of every seven pictures to val."""
+    for i, path in enumerate(sorted(folder.rglob("*.png"))):
+        target = folder / ("val" if i % 7 == 0 else "train") / path.parent.name / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+    for path in [path for path in folder.iterdir() if path.name not in ("train", "val")]:
+        path.rmdir()
+
+
+@fault("A folder that is split into train and val")
+def split_already(run):
+    process = with_pictures(run, split_pictures)
+    assert "folder train: 72 images of 4 classes" in process.out and "folder val: 12 images of 4 classes" in process.out
+    return process
+
+
+@fault("Its train and val have other classes")
+def split_badly(run):
+    def change(folder: Path) -> None:
+        split_pictures(folder)
+        (folder / "val" / "red circle").rename(folder / "val" / "circle of red")
+
+    process = with_pictures(run, change)
+    path = process.err.rpartition("--data_path ")[2].strip()
+    assert "68 images of 4 classes" in run.to("advised").train(DATA_PATH=path, EPOCHS=1).out
     return process
 
 
