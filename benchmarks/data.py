@@ -25,12 +25,12 @@ from torchvision import datasets, transforms
 
 from benchmarks.common import Row, alternate, main, quartiles, ratios, report, spread
 from src import noise
+from src.data.cache import cpu_cores
 from src.data.shapes import Shapes
 from src.dataset import prepare
 from src.runtime.device import pick_device
 from src.runtime.flags import FOLDER, whole
 from src.runtime.settings import RULES
-from src.utils import cpu_cores
 
 JPEGS, TINY_JPEGS = 2000, 100
 

@@ -1,87 +1,90 @@
-"""Decode once: every dataset becomes one uint8 cache file, which is mapped into memory from then on."""
+"""A dataset decoded once to a file of uint8, which is mapped into memory from then on."""
 
-import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
 import shutil
+import signal
 import time
+import warnings
+from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from src.data.decode import to_uint8
-from src.utils import UserError, atomic_file
+from src.data.decode import PictureNote, to_uint8
+from src.utils import UserError, atomic_file, reading, writing
 
-FORMAT = 1  # of the cache file and of to_uint8; count up when either changes, and caches are made again
-CHUNK = 64  # pictures a worker decodes and hands over at a time
+FORMAT = 2  # of the cache file and of to_uint8; count up when either changes, and caches are made again
+CHUNK = 64  # images that a worker decodes and hands over at a time
 ABANDONED = 600  # seconds without a write after which a half-made cache is left over from a killed run
-
-
-class Labelled(Protocol):
-    """What a dataset has to offer: a length, and (image, label) by index."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> tuple[Any, int]: ...
 
 
 @dataclass
 class Images:
-    """Decoded: images uint8 [N, 3, S, S] mapped from the file `path`, labels int64 [N], 0 to len(classes) - 1."""
+    """Decoded images.
+
+    images: uint8 [N, 3, S, S], mapped from the file `path`.   labels: int64 [N], in [0, len(classes)).
+    fingerprint: 16 hex digits that follow from the decoded pixels, the labels and their order, and cost nothing at a start.
+        Moving, renaming or copying the data changes nothing. It notices an image that was added, removed, edited or put
+        into another class, and another image size. It does not notice new names that keep the order, nor bytes that
+        decode to the same pixels. Another version of Pillow may decode a JPEG to slightly different pixels.
+    """
 
     images: np.ndarray
     labels: torch.Tensor
     classes: list[str]
     class_ids: list[str]
     path: Path
+    fingerprint: str = ""
 
     def __len__(self) -> int:
         return len(self.images)
 
 
-def cpu_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+class Overtaken(Exception):
+    """Another process has made the same cache meanwhile."""
 
 
 def open_or_decode(
     dataset: Any, name: str, split: str, image_size: int, source: str, cache_path: Path, num_workers: int
 ) -> Images:
+    """The images of a dataset: from its cache file if that is there and still true, or decoded to it first.
+
+    dataset: has a length and gives (image, label) by index.   source: absolute path of its data, "" if there is none.
+    num_workers: processes that decode; -1 is one per core, 0 is this process. Several runs may do this at once: each writes a
+    file of its own and renames it. Raises UserError: an image that cannot be decoded, a cache that cannot be read or written.
+    """
+    digits = hashlib.sha256(os.fsencode(source)).hexdigest()[:8]  # tell one source from another
+    cache = cache_path / f"{name}-{split}-{image_size}{source and '-' + digits}.npy"
     fingerprint = getattr(dataset, "fingerprint", None) or sampled_fingerprint(dataset, image_size)
-    cache = cache_file(name, source, split, image_size, cache_path)
-    with cache_advice(cache, len(dataset) * 3 * image_size**2):
-        remove_abandoned(cache)
+    images, stale = open_cache(cache, fingerprint)
+    if images is None:
+        print(f"{name} {split}: decoding {len(dataset):,} images to {cache}" + (f" ({stale})" if stale else ""))
+        write_cache(cache, dataset, image_size, fingerprint, num_workers)
         images, stale = open_cache(cache, fingerprint)
         if images is None:
-            print(f"{name} {split}: decoding {len(dataset):,} images to {cache}" + (f" ({stale})" if stale else ""))
-            write_cache(cache, dataset, image_size, fingerprint, num_workers)
-            images, stale = open_cache(cache, fingerprint)
-            if images is None:
-                raise UserError(f"{cache} cannot be read back after writing it: {stale}. Is the disk sound?")
+            raise UserError(f"{cache} cannot be read back after writing it: {stale or 'it is gone'}. Is the disk sound?")
+    classes = "class" if len(images.classes) == 1 else "classes"
     print(
-        f"{name} {split}: {len(images):,} images of {len(images.classes)} "
-        f"{'class' if len(images.classes) == 1 else 'classes'} at {image_size}x{image_size}, from {cache}"
+        f"{name} {split}: {len(images):,} images of {len(images.classes)} {classes} at {image_size}x{image_size}, from {cache}"
     )
+    if split == "train":
+        print(f"{classes}: {', '.join(images.classes[:10])}{', ...' if len(images.classes) > 10 else ''}")
     return images
 
 
-def cache_file(name: str, path: str | os.PathLike, split: str, image_size: int, cache_path: str | os.PathLike) -> Path:
-    """E.g. data/cache/tiny-imagenet-train-64-1f3a92c4.npy; the digits tell one source folder from another."""
-    digits = hashlib.sha256(os.path.abspath(path).encode("utf-8", "surrogateescape")).hexdigest()[:8]
-    source = "" if name == "shapes" else f"-{digits}"  # shapes come from no folder
-    return Path(cache_path) / f"{name}-{split}-{image_size}{source}.npy"
-
-
-def sampled_fingerprint(dataset: Labelled, image_size: int) -> str:
-    """For a dataset without a fingerprint: its class, length, and eight of its pictures."""
+def sampled_fingerprint(dataset: Any, image_size: int) -> str:
+    """For a dataset without a fingerprint: its class, length, and eight of its images."""
     digest = hashlib.sha256(f"{type(dataset).__qualname__} {len(dataset)}".encode())
     for index in np.linspace(0, len(dataset) - 1, 8).astype(int):
         image, label = dataset[int(index)]
@@ -89,144 +92,168 @@ def sampled_fingerprint(dataset: Labelled, image_size: int) -> str:
     return digest.hexdigest()
 
 
-class Chunks(Dataset):
-    """Chunk i of a dataset, decoded: (uint8 [K, 3, S, S], int64 [K]), or a line for each picture that cannot be read.
+def cpu_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-    Lines, because an exception would leave a worker process as a traceback. numpy arrays, because tensors
-    would travel through /dev/shm, of which containers often have 64 MB.
+
+# --- decoding -------------------------------------------------------------------------------------------
+
+
+class Chunks(Dataset):
+    """Chunk i of a dataset, decoded: uint8 [K, 3, S, S], int64 [K], notes (file, what), and a sentence for each fault.
+
+    Sentences, because an exception would leave a worker process as a traceback. numpy arrays, because tensors would travel
+    through /dev/shm, of which containers often have 64 MB.
     """
 
-    def __init__(self, dataset: Labelled, image_size: int):
+    def __init__(self, dataset: Any, image_size: int):
         self.dataset, self.image_size = dataset, image_size
 
     def __len__(self) -> int:
         return math.ceil(len(self.dataset) / CHUNK)
 
-    def __getitem__(self, chunk: int) -> tuple[np.ndarray, np.ndarray] | str:
-        images, labels, faults = [], [], []
-        for index in range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(self.dataset))):
-            try:
-                image, label = self.dataset[index]
-                images.append(to_uint8(image, self.image_size))
-                labels.append(int(label))
-            except UserError as error:
-                faults.append(str(error))
-        return "\n".join(faults) or (np.stack(images), np.array(labels, dtype=np.int64))
+    def __getitem__(self, chunk: int) -> tuple[np.ndarray, np.ndarray, list[tuple[str, str]], list[str]]:
+        indices = range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(self.dataset)))
+        images = np.zeros((len(indices), 3, self.image_size, self.image_size), dtype=np.uint8)
+        labels, faults = np.zeros(len(indices), dtype=np.int64), []
+        with warnings.catch_warnings(record=True) as warned:  # Pillow has warnings too; they are not for the user
+            warnings.simplefilter("always")
+            for i, index in enumerate(indices):
+                try:
+                    image, labels[i] = self.dataset[index]
+                    images[i] = to_uint8(image, self.image_size)
+                except UserError as error:
+                    faults.append(str(error))
+                except OSError as error:  # of a dataset that is not ours
+                    faults.append(f"Image {index} of the dataset cannot be read: {error}.")
+        return images, labels, [w.message.args for w in warned if isinstance(w.message, PictureNote)], faults
 
 
 def as_it_is(chunk):
-    """For DataLoader, whose own habit is to turn arrays into tensors. Named, so that it pickles under spawn."""
+    """For DataLoader, which would turn arrays into tensors. It has a name so that it can be pickled under spawn."""
     return chunk
 
 
-def decoded(dataset: Labelled, image_size: int, num_workers: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The chunks of a dataset in order, with a progress bar. Raises UserError for a picture that cannot be read."""
+def end_quietly(worker: int) -> None:
+    """SIGTERM to the whole group, as SLURM sends it, reaches the workers too. torch would print a traceback for each."""
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+
+
+def decoded(dataset: Any, image_size: int, num_workers: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The chunks of a dataset in order, with a progress bar. Raises UserError that names all images that cannot be decoded."""
     chunks = Chunks(dataset, image_size)
     workers = min(cpu_cores() if num_workers < 0 else num_workers, len(chunks))
-    # a generator of its own: DataLoader draws a seed, and a run must not depend on whether the cache was there
     loader = DataLoader(
         chunks,
         batch_size=None,
         num_workers=workers if workers > 1 else 0,
         collate_fn=as_it_is,
-        generator=torch.Generator(),
+        worker_init_fn=end_quietly,
+        generator=torch.Generator(),  # else DataLoader draws a seed, and a run would depend on whether the cache was there
     )
+    faults: list[str] = []
+    files: dict[str, list[str]] = defaultdict(list)  # by what is to be noted of them
     try:
         with tqdm(total=len(dataset), desc="decoding", unit=" images", unit_scale=True, disable=None) as bar:
-            faults: list[str] = []
-            for chunk in loader:
-                if isinstance(chunk, str):
-                    faults += chunk.splitlines()
-                elif not faults:
-                    yield chunk
-                bar.update(CHUNK if isinstance(chunk, str) else len(chunk[1]))
-        if faults:  # all of them at once: who mends one and starts again should not meet the next
-            more = [f"... and {len(faults) - 20:,} more."] if len(faults) > 20 else []
-            raise UserError("\n".join(faults[:20] + more))
-    except RuntimeError as error:
-        if "DataLoader worker" in str(error):
-            raise UserError(
-                "A process that decodes images was killed, perhaps for lack of memory. "
-                "Try fewer with NUM_WORKERS / --num_workers, 0 for none."
-            ) from error
-        raise
+            for images, labels, notes, new_faults in loader:
+                faults += new_faults
+                for file, what in notes:
+                    files[what].append(file)
+                if not faults:
+                    yield images, labels
+                bar.update(len(labels))
+    except (RuntimeError, OSError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            "A process that decodes images was killed or could not start, perhaps for lack of memory. "
+            "Try fewer with --num_workers, 0 for none."
+        ) from error
+    if faults:  # all at once: whoever fixes one and starts again should not meet the next
+        more = [f"... and {len(faults) - 20:,} more."] if len(faults) > 20 else []
+        raise UserError("\n".join(faults[:20] + more))
+    for what, names in files.items():
+        print(f"note: {len(names):,} {'picture has' if len(names) == 1 else 'pictures have'} {what}; e.g. {names[0]}")
 
 
-# --- the cache file ---------------------------------------------------------------------------------
+# --- the cache file -------------------------------------------------------------------------------------
 # Three .npy arrays in one file: images uint8 [N, 3, S, S] (so np.load(file, mmap_mode="r") opens them), labels
 # int64 [N], and a JSON text. The text comes last: a file that has it is whole.
-def write_cache(cache: Path, dataset: Labelled, image_size: int, fingerprint: str, num_workers: int) -> None:
+
+
+def write_cache(cache: Path, dataset: Any, image_size: int, fingerprint: str, num_workers: int) -> None:
     """Decode and write. Plain writes, no writable map: on a full disk a map would kill the process (SIGBUS)."""
-    all_labels = []
-    with atomic_file(cache) as file:
-        shape = (len(dataset), 3, image_size, image_size)
-        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        for images, labels in decoded(dataset, image_size, num_workers):
-            file.write(images.data)
-            all_labels.append(labels)
-        labels = np.concatenate(all_labels)
-        classes = list(getattr(dataset, "classes", None) or map(str, range(labels.max() + 1)))
-        if labels.min() < 0 or labels.max() >= len(classes):
-            raise UserError(
-                f"The dataset has labels from {labels.min()} to {labels.max()} but {len(classes)} class "
-                f"names; labels must lie in 0 to {len(classes) - 1}."
-            )
-        about = {
-            "format": FORMAT,
-            "fingerprint": fingerprint,
-            "classes": classes,
-            "class_ids": list(getattr(dataset, "class_ids", None) or classes),
-        }
-        np.save(file, labels)
-        np.save(file, np.array(json.dumps(about)))
+    shape = (len(dataset), 3, image_size, image_size)
+    with writing(cache, "--cache_path", f"It needs {math.prod(shape) / 1e6:,.0f} MB."):
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(cache)
+        if math.prod(shape) > shutil.disk_usage(cache.parent).free:  # said before the work
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        content, all_labels = hashlib.sha256(str(shape).encode()), []
+        with suppress(Overtaken), atomic_file(cache) as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            for images, labels in decoded(dataset, image_size, num_workers):
+                file.write(images.data)
+                content.update(images.data)
+                all_labels.append(labels)
+            labels = np.concatenate(all_labels)
+            content.update(labels.data)
+            classes = list(getattr(dataset, "classes", None) or range(labels.max() + 1))
+            if labels.min() < 0 or labels.max() >= len(classes):
+                raise UserError(
+                    f"The dataset has labels from {labels.min()} to {labels.max()} but {len(classes)} class "
+                    f"names; labels must lie in 0 to {len(classes) - 1}."
+                )
+            about = {
+                "format": FORMAT,
+                "source": fingerprint,
+                "content": content.hexdigest()[:16],
+                "classes": [printable(name) for name in classes],
+                "class_ids": [printable(name) for name in getattr(dataset, "class_ids", None) or classes],
+            }
+            np.save(file, labels)
+            np.save(file, np.array(json.dumps(about)))
+            if open_cache(cache, fingerprint)[0]:  # it may be mapped by then, on another machine or on Windows: leave it
+                raise Overtaken
+
+
+def printable(name: Any) -> str:
+    """A name that any file and terminal can hold: what is not UTF-8 in the name of a folder is spelled out."""
+    return str(name).encode("utf-8", "backslashreplace").decode()
 
 
 def open_cache(cache: Path, fingerprint: str) -> tuple[Images | None, str]:
-    """(Images, ""), or (None, the reason why it must be made again; "" where there is none yet)."""
-    try:
-        with open(cache, "rb") as file:
-            np.lib.format.read_magic(file)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-            offset = file.tell()
-            file.seek(math.prod(shape), os.SEEK_CUR)
-            labels = np.load(file, allow_pickle=False)
-            about = json.loads(np.load(file, allow_pickle=False).item())
-            if dtype != np.uint8 or len(shape) != 4 or labels.shape != shape[:1] or file.read(1):
-                raise ValueError("unexpected content")
-            if about["format"] != FORMAT:
-                return None, "the cache is of another version of this program"
-            if about["fingerprint"] != fingerprint:
-                return None, "the pictures have changed since the cache was made"
-            classes, class_ids = about["classes"], about["class_ids"]
-    except FileNotFoundError:
-        return None, ""
-    except PermissionError:
-        raise
-    except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError):
-        return None, "the cache is damaged"
-    images = np.memmap(cache, dtype=np.uint8, mode="r", offset=offset, shape=shape)
-    return Images(images, torch.from_numpy(labels), classes, class_ids, cache), ""
-
-
-@contextlib.contextmanager
-def cache_advice(cache: Path, needed: int) -> Iterator[None]:
-    """Say what to do where the cache, of `needed` bytes, cannot be written or read."""
-    try:
-        yield
-    except OSError as error:
-        folder = cache.parent
-        while not folder.is_dir() and folder != folder.parent:
-            folder = folder.parent
-        raise UserError(
-            f"Cannot keep the decoded images in {cache}: {error.strerror or error}. It needs "
-            f"{needed / 1e6:,.0f} MB, {shutil.disk_usage(folder).free / 1e6:,.0f} MB are free there. "
-            f"Make room or mend the permissions, or choose another folder with CACHE_PATH / --cache_path."
-        ) from error
+    """(Images, ""), or (None, the reason why it must be made again; "" if there is none yet).
+    Raises UserError if the disk or the permissions are at fault: that is no reason to decode again."""
+    with reading(cache, "Fix its permissions, delete it to have it made again, or choose another folder with --cache_path."):
+        try:
+            with open(cache, "rb") as file:
+                np.lib.format.read_magic(file)
+                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+                offset = file.tell()
+                file.seek(math.prod(shape), os.SEEK_CUR)
+                labels = torch.from_numpy(np.lib.format.read_array(file))
+                about = json.loads(np.lib.format.read_array(file).item())
+                if dtype != np.uint8 or len(shape) != 4 or labels.shape != shape[:1] or file.read(1):
+                    raise ValueError("unexpected content")
+                if about["format"] != FORMAT:
+                    return None, "the cache is of another version of this program"
+                if about["source"] != fingerprint:
+                    return None, "the pictures have changed since the cache was made"
+                images = np.memmap(file, dtype=np.uint8, mode="r", offset=offset, shape=shape)
+            return Images(images, labels, about["classes"], about["class_ids"], cache, about["content"]), ""
+        except (FileNotFoundError, NotADirectoryError):
+            return None, ""
+        except OSError:
+            raise
+        except Exception:  # as many kinds as there are ways to damage a file
+            return None, "the cache is damaged"
 
 
 def remove_abandoned(cache: Path) -> None:
     """Remove what a killed run left of this file. A run that is alive writes every few seconds."""
-    for part in cache.parent.glob(f".{cache.name}.part-*"):
-        with contextlib.suppress(OSError):
+    for part in cache.parent.glob(f".{cache.name[:100]}.part-*"):
+        with suppress(OSError):  # it may be another user's
             if time.time() - part.stat().st_mtime > ABANDONED:
                 part.unlink()

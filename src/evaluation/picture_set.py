@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from src.data.decode import decoding, open_image, to_rgb, upright
-from src.data.folder import SUFFIXES, folders_below, pictures, what_is_in
+from src.data.decode import open_image, to_rgb
+from src.data.folder import READ, find_pictures, summary
 from src.utils import UserError, atomic_file, reading
 
 BESIDE = ("grid.png", "labels.csv", "settings.json")  # what sample.py writes beside its folder images
@@ -61,18 +61,17 @@ def read_folder(path: Path, flag: str) -> PictureSet:
     pictures in its folder images."""
     if (path / "images").is_dir() and any((path / name).exists() for name in BESIDE):
         path = path / "images"
-    files = [entry for folder in folders_below(path) for entry in pictures(folder)]
+    found, passed_over = find_pictures(path)
+    files = [picture.entry for picture in found]
     sheets = [entry.name for entry in files if entry.name in SHEETS]
     files = [entry for entry in files if entry.name not in SHEETS]
     if sheets:
         print(f"note: {', '.join(sheets)} in {path} left out")
     if not files:
-        raise UserError(f"{flag}: {path} holds no pictures, only {what_is_in(path)}. Pictures end in {' '.join(SUFFIXES)}.")
+        raise UserError(f"{flag}: {path} holds no pictures, only {summary(passed_over) or 'nothing'}. {READ}.")
     pixels = np.empty((0, 0, 0, 0), dtype=np.uint8)
     for i, entry in enumerate(tqdm(files, desc="reading", unit=" pictures", disable=None, leave=False)):
-        image = open_image(entry.path)
-        with decoding(entry.path):
-            picture = np.asarray(to_rgb(upright(image))).transpose(2, 0, 1)
+        picture = np.asarray(to_rgb(open_image(entry.path))).transpose(2, 0, 1)
         if i == 0:
             pixels = np.empty((len(files), *picture.shape), dtype=np.uint8)
         if picture.shape != pixels.shape[1:]:

@@ -1,12 +1,18 @@
-"""fetch and extract against a server and archives that misbehave."""
+"""fetch and extract against servers and archives that misbehave."""
 
+import email.utils
 import hashlib
 import http.server
 import os
+import ssl
 import stat
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +20,9 @@ from src.data import download
 from src.data.download import extract, fetch
 from src.utils import UserError
 
+ROOT = Path(__file__).parents[2]
 DATA = bytes(os.urandom(300_000))
+OTHER = bytes(os.urandom(300_000))
 MD5 = hashlib.md5(DATA).hexdigest()
 QUICK = {"timeout": (2.0, 0.5), "pause": 0.01}
 
@@ -28,47 +36,67 @@ class Handler(http.server.BaseHTTPRequestHandler):
         way, wanted = self.path.split("/")[1], self.headers.get("Range")
         self.server.requests.append((way, wanted))
         first_time = len(self.server.requests) == 1
+        data, etag = (DATA, '"1"') if way != "replaced" or first_time else (OTHER, '"2"')
         start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and way != "no-range" else 0
+        if self.headers.get("If-Range", etag) != etag:
+            start = 0
         if way == "missing":
             return self.send_error(404)
-        if way == "busy" and first_time:
-            return self.send_error(503)
-        if start >= len(DATA):
-            self.send_response(416)
-            self.send_header("Content-Range", f"bytes */{len(DATA)}")
+        if way in ("busy", "later", "date", "much-later") and first_time:
+            self.send_response(503 if way == "busy" else 429)
+            if way != "busy":
+                seconds = 3600 if way == "much-later" else 1
+                self.send_header(
+                    "Retry-After", str(seconds) if way != "date" else email.utils.formatdate(time.time() + 2, usegmt=True)
+                )
             return self.end_headers()
-        body = b"<html>please log in</html>" if way == "html" else DATA[start:]
+        if start >= len(data):
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(data)}")
+            self.end_headers()
+            return self.wfile.write(b"no such range")
+        body = b"<html>please log in</html>" if way == "html" else data[start:]
         self.send_response(206 if start else 200)
+        self.send_header("ETag", etag)
         self.send_header("Content-Type", "text/html" if way == "html" else "application/zip")
         if way != "no-length":
             self.send_header("Content-Length", str(len(body) + (1000 if way == "lie" else 0)))
         if start:
             moved = 7 if way == "elsewhere" and len(self.server.requests) == 1 else 0
-            self.send_header("Content-Range", f"bytes {start + moved}-{len(DATA) - 1}/{len(DATA)}")
+            self.send_header("Content-Range", f"bytes {start + moved}-{len(data) - 1}/{len(data)}")
         self.end_headers()
-        if (way in ("cut", "no-range") and first_time) or way == "always-cut":
+        if (way in ("cut", "no-range", "replaced") and first_time) or way == "always-cut":
             body = body[:100_000]
         if way == "stall" and first_time:
             self.wfile.write(body[:100_000])
             self.wfile.flush()
-            time.sleep(1.0)
-            return
+            return time.sleep(1.0)
+        if way == "slow":
+            for at in range(0, len(body), 30_000):
+                self.wfile.write(body[at : at + 30_000])
+                time.sleep(0.1)
+            return None
         self.wfile.write(body)
 
     def log_message(self, *args):
         pass
 
 
+def serve(server):
+    server.requests = []
+    server.url = f"http://127.0.0.1:{server.server_address[1]}"
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield server
+    server.shutdown()
+
+
 @pytest.fixture
 def server():
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.requests = []
-        server.url = f"http://127.0.0.1:{server.server_address[1]}"
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        yield server
-        server.shutdown()
+        yield from serve(server)
 
 
+# --- the file arrives -------------------------------------------------------------------------------
 @pytest.mark.parametrize("way", ["plain", "no-length", "cut", "no-range", "stall", "busy"])
 def test_the_file_arrives_whole_whatever_the_line_does(server, tmp_path, way):
     fetch(f"{server.url}/{way}/a.zip", tmp_path / "new" / "a.zip", len(DATA), MD5, **QUICK)
@@ -79,6 +107,11 @@ def test_the_file_arrives_whole_whatever_the_line_does(server, tmp_path, way):
 def test_without_size_and_checksum_a_cut_is_still_noticed(server, tmp_path):
     fetch(f"{server.url}/cut/a.zip", tmp_path / "a.zip", **QUICK)
     assert (tmp_path / "a.zip").read_bytes() == DATA
+
+
+def test_a_file_that_is_replaced_between_two_tries_is_not_mixed(server, tmp_path):
+    fetch(f"{server.url}/replaced/a.zip", tmp_path / "a.zip", **QUICK)
+    assert (tmp_path / "a.zip").read_bytes() == OTHER
 
 
 def test_a_cut_keeps_the_partial_file_and_the_next_start_continues_it(server, tmp_path):
@@ -114,6 +147,50 @@ def test_a_server_that_continues_elsewhere_is_started_over(server, tmp_path):
     assert (tmp_path / "a.zip").read_bytes() == DATA
 
 
+@pytest.mark.parametrize("way", ["later", "date"])
+def test_a_server_that_asks_to_wait_is_given_the_time(server, tmp_path, way, capsys):
+    start = time.monotonic()
+    fetch(f"{server.url}/{way}/a.zip", tmp_path / "a.zip", len(DATA), MD5, **QUICK)
+    assert time.monotonic() - start > 0.9 and "429 Too Many Requests at 0 bytes; trying again in" in capsys.readouterr().out
+
+
+def test_a_server_that_asks_to_wait_for_an_hour_is_told(server, tmp_path):
+    with pytest.raises(UserError, match=r"answered 429 Too Many Requests \(it asks to wait 3,600 s\). To do it by hand"):
+        fetch(f"{server.url}/much-later/a.zip", tmp_path / "a.zip", **QUICK)
+    assert len(server.requests) == 1 and os.listdir(tmp_path) == []
+
+
+def test_two_at_once_share_one_download(server, tmp_path, capsys):
+    """The second waits for the first: they never write into one file."""
+    threads = [
+        threading.Thread(target=fetch, args=(f"{server.url}/slow/a.zip", tmp_path / "a.zip", len(DATA), MD5), kwargs=QUICK)
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (tmp_path / "a.zip").read_bytes() == DATA and os.listdir(tmp_path) == ["a.zip"]
+    assert len(server.requests) == 1 and capsys.readouterr().out.count("another process is downloading") == 1
+
+
+def test_the_second_process_goes_on_where_the_first_was_killed(server, tmp_path):
+    program = textwrap.dedent(f"""
+        from src.data.download import fetch
+        fetch("{server.url}/slow/a.zip", {str(tmp_path / "a.zip")!r}, {len(DATA)}, "{MD5}")
+    """)
+    part = tmp_path / "a.zip.part"
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
+    while not part.exists() or part.stat().st_size == 0:
+        time.sleep(0.01)
+    thread = threading.Timer(0.3, process.kill)
+    thread.start()
+    fetch(f"{server.url}/plain/a.zip", tmp_path / "a.zip", len(DATA), MD5, **QUICK)
+    assert process.wait() != 0 and (tmp_path / "a.zip").read_bytes() == DATA
+    assert server.requests[-1][1] is not None, "it began anew"
+
+
+# --- it does not ------------------------------------------------------------------------------------
 def test_a_wrong_checksum_names_both_and_removes_the_file(server, tmp_path):
     with pytest.raises(UserError, match=f"{MD5}.*{'0' * 32}"):
         fetch(f"{server.url}/plain/a.zip", tmp_path / "a.zip", len(DATA), "0" * 32, **QUICK)
@@ -137,22 +214,46 @@ def test_what_cannot_be_right_is_refused_at_once(server, tmp_path, way, size, sa
 
 
 def test_no_network_and_bad_addresses_are_one_sentence(tmp_path):
-    with pytest.raises(UserError, match="no connection"):
+    with pytest.raises(UserError, match=r"no connection to the server \(is there a network\?\) \(2 tries\). To do it by hand"):
         fetch("http://127.0.0.1:9/a.zip", tmp_path / "a.zip", attempts=2, **QUICK)
-    for url in ("not a url", "ftp://127.0.0.1/a.zip"):
+    for url in ("not a url", "ftp://127.0.0.1/a.zip", "http://"):
         with pytest.raises(UserError, match="DATA_URL"):
             fetch(url, tmp_path / "a.zip", **QUICK)
+    assert os.listdir(tmp_path) == []
 
 
-def test_a_full_disk_is_told_before_and_during_the_download(server, tmp_path, monkeypatch):
+def test_a_certificate_that_is_not_trusted_and_a_proxy_say_their_reason(server, tmp_path, monkeypatch):
+    key = tmp_path / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
+    made = subprocess.run([*command, "-keyout", key, "-out", key.with_name("cert.pem")], capture_output=True)
+    if made.returncode:
+        pytest.skip("no openssl here")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(key.with_name("cert.pem"), key)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as secure:
+        secure.socket = context.wrap_socket(secure.socket, server_side=True)
+        for _ in serve(secure):
+            with pytest.raises(
+                UserError, match=r"no secure connection to the server \(.*certificate verify failed: self.signed"
+            ):
+                fetch(secure.url.replace("http", "https") + "/plain/a.zip", tmp_path / "a.zip", attempts=1, **QUICK)
+    monkeypatch.setenv("HTTPS_PROXY", server.url)
+    monkeypatch.setenv("NO_PROXY", "")
+    monkeypatch.setenv("no_proxy", "")
+    with pytest.raises(UserError, match=r"no connection through the proxy \(.*(501|Tunnel)"):
+        fetch("https://example.invalid/a.zip", tmp_path / "a.zip", attempts=1, **QUICK)
+
+
+def test_a_full_disk_is_told_before_and_a_bad_place_at_once(server, tmp_path, monkeypatch):
     usage = download.shutil.disk_usage(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(download.shutil, "disk_usage", lambda _: usage._replace(free=10))
-        with pytest.raises(UserError, match="Make room"):
+        with pytest.raises(UserError, match=r"needs 0 MB more. Free some space .0 MB are free there., or choose another place"):
             fetch(f"{server.url}/plain/a.zip", tmp_path / "a.zip", **QUICK)
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="Cannot write"):
+    with pytest.raises(UserError, match=r"Cannot write to .*--data_path"):
         fetch(f"{server.url}/plain/a.zip", tmp_path / "file" / "a.zip", **QUICK)
+    assert os.listdir(tmp_path) == ["file"]
 
 
 # --- extract ----------------------------------------------------------------------------------------
@@ -163,17 +264,40 @@ def make_zip(path, files, compression=zipfile.ZIP_DEFLATED):
     return path
 
 
-def test_the_one_folder_takes_the_name_asked_for(tmp_path):
-    (tmp_path / ".images.part").mkdir()
-    (tmp_path / ".images.part" / "left by a kill").touch()
-    extract(
-        make_zip(tmp_path / "a.zip", {"top/": "", "top/a/b.txt": "b", "top/c.txt": "c", "__MACOSX/._c": "x"}),
-        tmp_path / "new" / "images",
-    )
-    extract(tmp_path / "a.zip", tmp_path / "images")
-    assert (tmp_path / "images" / "a" / "b.txt").read_text() == "b"
-    assert (tmp_path / "new" / "images" / "c.txt").read_text() == "c"
-    assert sorted(os.listdir(tmp_path)) == ["a.zip", "images", "new"]
+def test_the_folder_that_holds_the_file_takes_the_name_asked_for(tmp_path):
+    (tmp_path / ".images.part-old").mkdir()
+    (tmp_path / ".images.part-old" / "left by a kill").touch()
+    os.utime(tmp_path / ".images.part-old", (0, 0))
+    (tmp_path / ".images.part-young").mkdir()
+    files = {"top/": "", "top/a/b.txt": "b", "top/c.txt": "c", "top/empty/": "", "__MACOSX/._c": "x", "d/e/c.txt": ""}
+    extract(make_zip(tmp_path / "a.zip", files), tmp_path / "new" / "images", "c.txt")
+    extract(tmp_path / "a.zip", tmp_path / "images", "c.txt")
+    for folder in (tmp_path / "images", tmp_path / "new" / "images"):
+        assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) == ["a", "a/b.txt", "c.txt", "empty"]
+        assert folder.stat().st_mode & 0o777 == (tmp_path / "new").stat().st_mode & 0o777
+    assert sorted(os.listdir(tmp_path)) == [".images.part-young", "a.zip", "images", "new"]
+
+
+def test_two_processes_that_unpack_at_once_end_with_one_whole_folder(tmp_path, monkeypatch):
+    path, rename = make_zip(tmp_path / "a.zip", {"top/c.txt": "c"}), os.rename
+
+    def after_another(source, target):
+        monkeypatch.setattr(os, "rename", rename)
+        extract(path, target, "c.txt")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", after_another)
+    extract(path, tmp_path / "images", "c.txt")
+    assert sorted(os.listdir(tmp_path)) == ["a.zip", "images"] and os.listdir(tmp_path / "images") == ["c.txt"]
+
+
+def test_a_folder_in_the_way_is_left_alone(tmp_path):
+    path = make_zip(tmp_path / "a.zip", {"top/c.txt": "c"})
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "mine.txt").touch()
+    with pytest.raises(UserError, match="Cannot write to"):
+        extract(path, tmp_path / "images", "c.txt")
+    assert os.listdir(tmp_path / "images") == ["mine.txt"] and len(os.listdir(tmp_path)) == 2
 
 
 def link(name, target):
@@ -189,11 +313,11 @@ def link(name, target):
         ({"top/ok": "", "/tmp/evil": "x"}, "outside"),
         ({"top/ok": "", "C:/evil": "x"}, "outside"),
         ({"top/ok": "", "top\\..\\evil": "x"}, "outside"),
-        (dict([link("top/link", "/etc"), ("top/link/evil", "x")]), "link"),
-        ({"top/a": "", "other/b": ""}, "expected one folder in it, found other, top"),
-        ({}, "found nothing"),
-        ({"top/a": bytes(20_000)}, "more than 10,000"),
-        ({f"top/{i}": "" for i in range(60)}, "more than 50"),
+        (dict([("top/ok", ""), link("top/link", "/etc"), ("top/link/evil", "x")]), "link"),
+        ({"top/a": "", "other/b": ""}, "there is no ok in it"),
+        ({}, "there is no ok in it"),
+        ({"top/ok": bytes(20_000)}, "20,000 bytes in 1 files, more than 10,000 in 50"),
+        ({"top/ok": ""} | {f"top/{i}": "" for i in range(60)}, "0 bytes in 61 files, more than 10,000 in 50"),
     ],
 )
 def test_archives_that_could_do_harm_are_refused_and_leave_nothing(tmp_path, files, says):
@@ -201,7 +325,7 @@ def test_archives_that_could_do_harm_are_refused_and_leave_nothing(tmp_path, fil
     inner.mkdir()
     make_zip(inner / "a.zip", files)
     with pytest.raises(UserError, match=says):
-        extract(inner / "a.zip", inner / "images", max_bytes=10_000, max_entries=50)
+        extract(inner / "a.zip", inner / "images", "ok", max_bytes=10_000, max_entries=50)
     assert os.listdir(inner) == ["a.zip"] and os.listdir(tmp_path) == ["inner"]
 
 
@@ -209,20 +333,45 @@ def test_a_bomb_that_declares_less_than_it_holds_stops_at_what_it_declares(tmp_p
     path = make_zip(tmp_path / "a.zip", {"top/bomb": bytes(5_000_000)})
     data = path.read_bytes()
     path.write_bytes(data.replace((5_000_000).to_bytes(4, "little"), (100).to_bytes(4, "little")))
-    with pytest.raises(UserError, match="Delete it"):
-        extract(path, tmp_path / "images")
+    with pytest.raises(UserError, match="is not a whole zip archive"):
+        extract(path, tmp_path / "images", "bomb")
     assert os.listdir(tmp_path) == ["a.zip"]
 
 
 @pytest.mark.parametrize(
     "damage",
-    [lambda data: data[:-3000], lambda data: b"", lambda data: b"<html>", lambda data: data[:2000] + bytes(50) + data[2050:]],
+    [
+        lambda data: data[:-3000],
+        lambda data: b"",
+        lambda data: b"<html>",
+        lambda data: data[:2000] + bytes(50) + data[2050:],
+        lambda data: data.replace(b"\0\0\x08\0", b"\0\0\x63\0"),  # a way of compression that there is not
+        lambda data: data.replace(b"PK\x01\x02\x14\x03\x14\0\0\0", b"PK\x01\x02\x14\x03\x14\0\x01\0"),  # a password
+    ],
 )
-def test_a_damaged_archive_is_named_and_to_be_deleted(tmp_path, damage):
+def test_a_damaged_archive_is_named_and_left(tmp_path, damage):
     path = make_zip(tmp_path / "a.zip", {f"top/{i}": os.urandom(500) for i in range(40)})
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(UserError, match=r"a.zip is not a whole zip archive.*Delete it"):
-        extract(path, tmp_path / "images")
+    with pytest.raises(
+        UserError, match=r"a.zip is (not a whole zip archive|refused: its entry .* encrypted).* (elsewhere|away)"
+    ):
+        extract(path, tmp_path / "images", "3")
+    assert os.listdir(tmp_path) == ["a.zip"]
+
+
+def test_an_archive_that_cannot_be_read_is_told_as_that(commons):
+    make_zip(commons.path / "a.zip", {"top/ok": ""}).chmod(0)
+    with commons.as_user(), pytest.raises(UserError, match=r"Cannot read .*a.zip: Permission denied"):
+        extract(commons.path / "a.zip", commons.path / "images", "ok")
+    assert os.listdir(commons.path) == ["a.zip"]
+
+
+def test_too_little_space_is_said_before_the_unpacking(tmp_path, monkeypatch):
+    path = make_zip(tmp_path / "a.zip", {"top/ok": bytes(3_000_000)})
+    usage = download.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda _: usage._replace(free=10))
+    with pytest.raises(UserError, match=r"unpacking a.zip needs 3 MB. Free some space .* --data_path"):
+        extract(path, tmp_path / "images", "ok")
     assert os.listdir(tmp_path) == ["a.zip"]
 
 
@@ -232,7 +381,7 @@ def test_ctrl_c_while_unpacking_leaves_nothing(tmp_path, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(download.shutil, "copyfileobj", interrupt)
+    monkeypatch.setattr(zipfile.shutil, "copyfileobj", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        extract(path, tmp_path / "images")
+        extract(path, tmp_path / "images", "a")
     assert os.listdir(tmp_path) == ["a.zip"]

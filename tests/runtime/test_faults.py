@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -385,6 +386,29 @@ def no_permission_for_the_cache(run):
     return run.start_train(CACHE_PATH=below_a_file(run)).wait()
 
 
+LITTLE_DISK = """
+import shutil
+usage = shutil.disk_usage
+shutil.disk_usage = lambda path: usage(path)._replace(free=1000)
+"""
+
+
+@fault("The disk is too small for the cache")
+def little_disk_for_the_cache(run):
+    process = run.start_train(LITTLE_DISK, CACHE_PATH="cache").wait()
+    assert not run.files("cache/*")
+    return process
+
+
+@fault("The cache cannot be read")
+def unreadable_cache(run):
+    run.train(max_steps=1, CACHE_PATH="cache")
+    (path,) = (run.folder / "cache").glob("*train*")
+    path.unlink()
+    path.mkdir()
+    return run.start_train(CACHE_PATH="cache").wait()
+
+
 @fault("No permission to write pictures")
 def no_permission_for_pictures(run, trained):
     checkpoint = trained.folder / "checkpoints" / "best.pth"
@@ -602,7 +626,75 @@ def no_pictures(run):
         (folder / "notes.txt").touch()
 
     process = with_pictures(run, change)
-    assert "Found there: 1 .txt." in process.err
+    assert "Found there besides: 1 .txt (notes.txt)." in process.err
+    return process
+
+
+UNREADABLE = """
+import os
+scandir = os.scandir
+
+def refuse(path):
+    if str(path).endswith("red circle"):
+        raise PermissionError(13, "Permission denied", str(path))
+    return scandir(path)
+
+os.scandir = refuse
+"""
+
+
+@fault("A folder of pictures that cannot be read")
+def unreadable_folder(run):
+    return run.start_train(UNREADABLE).wait()
+
+
+@fault("Files that are no pictures, hidden, or of an unread kind")
+def strays(run):
+    def change(folder: Path) -> None:
+        for name in ("IMG_1.HEIC", "red circle/.hidden.png", "red circle/Thumbs.db"):
+            (folder / name).touch()
+
+    process = with_pictures(run, change)
+    assert ": 1 .heic (IMG_1.HEIC), 1 hidden (red circle/.hidden.png), 1 .db (red circle/Thumbs.db). Pictures" in process.out
+    return process
+
+
+@fault("Pictures that this program made lie below the folder")
+def own_pictures(run):
+    folder = run.folder / "pictures"
+    shutil.copytree(run.pictures, folder)
+    run.train(DATA_PATH=folder, OUTPUT_PATH=folder / "outputs", max_steps=20)
+    process = run.start_train(DATA_PATH=folder, OUTPUT_PATH=folder / "outputs").wait()
+    assert "80 images of 4 classes" in process.out
+    return process
+
+
+def split_pictures(folder: Path) -> None:
+    """One of every seven pictures to val."""
+    for i, path in enumerate(sorted(folder.rglob("*.png"))):
+        target = folder / ("val" if i % 7 == 0 else "train") / path.parent.name / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+    for path in [path for path in folder.iterdir() if path.name not in ("train", "val")]:
+        path.rmdir()
+
+
+@fault("A folder that is split into train and val")
+def split_already(run):
+    process = with_pictures(run, split_pictures)
+    assert "folder train: 72 images of 4 classes" in process.out and "folder val: 12 images of 4 classes" in process.out
+    return process
+
+
+@fault("Its train and val have other classes")
+def split_badly(run):
+    def change(folder: Path) -> None:
+        split_pictures(folder)
+        (folder / "val" / "red circle").rename(folder / "val" / "circle of red")
+
+    process = with_pictures(run, change)
+    path = process.err.rpartition("--data_path ")[2].strip()
+    assert "68 images of 4 classes" in run.to("advised").train(DATA_PATH=path, EPOCHS=1).out
     return process
 
 
@@ -623,6 +715,30 @@ def truncated_picture(run):
     process = with_pictures(run, change)
     assert "red circle/half.jpg cannot be decoded" in process.err
     return process
+
+
+@fault("A bit of a PNG has flipped")
+def flipped_bit_of_a_picture(run):
+    def change(folder: Path) -> None:
+        path = next((folder / "red circle").glob("*.png"))
+        data = bytearray(path.read_bytes())
+        data[-20] ^= 1
+        path.write_bytes(data)
+
+    return with_pictures(run, change)
+
+
+@fault("A broken colour profile")
+def broken_profile(run):
+    return with_pictures(run, lambda folder: Image.new("RGB", (9, 9)).save(folder / "red circle" / "x.jpg", icc_profile=b"x"))
+
+
+@fault("12 bits in a file of 16, and no word about it")
+def twelve_bits(run):
+    def change(folder: Path) -> None:
+        Image.fromarray(np.full((9, 9), 3000, np.uint16)).save(folder / "red circle" / "x.png")
+
+    return with_pictures(run, change)
 
 
 @fault("Fewer pictures than a step takes")
@@ -649,6 +765,10 @@ class Misbehaving(http.server.BaseHTTPRequestHandler):
         way, body = self.path.split("/")[1], self.server.file
         if way == "missing":
             return self.send_error(404)
+        if way == "later":
+            self.send_response(429)
+            self.send_header("Retry-After", "3600")
+            return self.end_headers()
         self.send_response(200)
         self.send_header("Content-Type", "text/html" if way == "html" else "application/zip")
         self.send_header("Content-Length", str(len(body)))
@@ -699,6 +819,11 @@ def http_cut(run, server):
 @fault("There is no network")
 def no_network(run, server):
     return download(run, server, "", DATA_URL="http://127.0.0.1:9/a.zip")
+
+
+@fault("The server asks to wait for long")
+def http_later(run, server):
+    return download(run, server, "later")
 
 
 @fault("The server sends a web page")

@@ -1,0 +1,354 @@
+"""Decode once: the file that keeps the pixels, when it is made again, and what the user reads when something is wrong."""
+
+import errno
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from src.data import cache
+from src.data.cache import open_or_decode
+from src.data.folder import ImageFolder
+from src.data.shapes import Shapes
+from src.dataset import DATASETS, prepare
+from src.utils import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+class Numbered(Dataset):
+    """A user's own: tensors that show their number, no names, no fingerprint."""
+
+    def __init__(self, count=10, add=0):
+        self.count, self.add = count, add
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        return torch.full((3, 8, 8), index + self.add, dtype=torch.uint8), index % 4
+
+
+def decode(dataset, folder, workers=0, split="train"):
+    return open_or_decode(dataset, "mine", split, 8, "/data/mine", Path(folder), workers)
+
+
+def pictures(folder, count=6):
+    """A folder of pictures, each of another brightness."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        Image.new("RGB", (8, 8), (40 * i,) * 3).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_cache_holds_the_decoded_images_in_order(tmp_path, monkeypatch, workers):
+    monkeypatch.setattr(cache, "CHUNK", 4)
+    state = torch.get_rng_state()
+    images = decode(Numbered(), tmp_path, workers)
+    assert torch.equal(state, torch.get_rng_state()), "decoding must not move the run's random numbers"
+    assert images.images[:, 0, 0, 0].tolist() == list(range(10)) and images.images.shape == (10, 3, 8, 8)
+    assert images.labels.dtype == torch.int64 and images.labels.tolist() == [i % 4 for i in range(10)]
+    assert images.classes == images.class_ids == ["0", "1", "2", "3"]
+    np.testing.assert_array_equal(np.load(images.path, mmap_mode="r"), images.images)
+
+
+def test_decoding_works_in_processes_that_start_from_nothing(tmp_path):
+    """spawn, as on macOS and Windows: everything handed to a worker has to pickle."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        textwrap.dedent(f"""
+        import sys; sys.path.insert(0, {str(ROOT)!r})
+        import torch.multiprocessing
+        from src.dataset import prepare
+        if __name__ == "__main__":
+            torch.multiprocessing.set_start_method("spawn")
+            print(len(prepare("shapes", "", "val", 8, {str(tmp_path / "cache")!r}, 2)))
+    """)
+    )
+    result = subprocess.run([sys.executable, program], capture_output=True, text=True)
+    assert result.stdout.endswith("2000\n"), result.stderr
+
+
+def test_the_classes_are_printed_at_each_start(tmp_path, capsys):
+    for _ in range(2):
+        prepare("shapes", "", "val", 8, tmp_path, 0)
+        open_or_decode(Shapes("val", 8), "shapes", "train", 8, "", tmp_path, 0)
+        said = capsys.readouterr().out
+        assert re.search(r"(?m)^shapes val: 2,000 images of 10 classes at 8x8, from ", said)
+        assert said.count("\nclasses: red circle, blue circle, ") == 1
+    many = Numbered(20)
+    many.classes = [f"kind {i}" for i in range(12)]
+    decode(many, tmp_path)
+    assert (
+        "\nclasses: kind 0, kind 1, kind 2, kind 3, kind 4, kind 5, kind 6, kind 7, kind 8, kind 9, ...\n"
+        in capsys.readouterr().out
+    )
+
+
+# --- when it is made again --------------------------------------------------------------------------
+def why_decoded(dataset, folder, capsys):
+    capsys.readouterr()
+    images = decode(dataset, folder)
+    return next((line for line in capsys.readouterr().out.splitlines() if "decoding" in line), ""), images
+
+
+def test_the_cache_is_made_again_when_it_is_no_longer_true(tmp_path, capsys, monkeypatch):
+    assert "decoding 10 images" in why_decoded(Numbered(), tmp_path, capsys)[0]
+    assert why_decoded(Numbered(), tmp_path, capsys)[0] == ""
+    assert "the pictures have changed" in why_decoded(Numbered(9), tmp_path, capsys)[0]
+    assert "the pictures have changed" in why_decoded(Numbered(9, add=1), tmp_path, capsys)[0]
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    for damaged in (whole[:-1], whole[:1000], whole[:3], b"", whole + b"x", b"\x00" * 300, b"PK\x03\x04" + whole):
+        file.write_bytes(damaged)
+        assert "the cache is damaged" in why_decoded(Numbered(9, add=1), tmp_path, capsys)[0]
+    assert file.read_bytes() == whole
+    monkeypatch.setattr(cache, "FORMAT", 99)
+    assert "another version" in why_decoded(Numbered(9, add=1), tmp_path, capsys)[0]
+
+
+def test_a_folder_s_cache_follows_its_files(tmp_path, capsys):
+    folder = pictures(tmp_path / "pictures")
+    for change, said in [
+        (lambda: None, "decoding 5 images"),
+        (lambda: None, ""),
+        (lambda: Image.new("RGB", (8, 8), "red").save(folder / "3.png"), "the pictures have changed"),
+        (lambda: (folder / "3.png").unlink(), "decoding 4 images"),
+        (lambda: (folder / "4.png").rename(folder / "7.png"), "the pictures have changed"),
+    ]:
+        change()
+        assert said in why_decoded(ImageFolder(folder, "train"), tmp_path / "cache", capsys)[0]
+
+
+def test_two_folders_two_splits_and_two_sizes_have_a_file_each(tmp_path):
+    for name in ("one", "two"):
+        pictures(tmp_path / name, 2)
+    files = {
+        prepare("folder", tmp_path / name, split, size, tmp_path / "cache", 0).path
+        for name in ("one", "two")
+        for split in ("train", "val")
+        for size in (8, 16)
+    }
+    assert len(files) == 8
+
+
+def test_an_own_dataset_is_one_entry(tmp_path, monkeypatch):
+    monkeypatch.setitem(DATASETS, "mine", lambda path, split, image_size: Numbered())
+    assert len(prepare("mine", tmp_path, "train", 16, tmp_path / "cache", 0)) == 10
+    with pytest.raises(UserError, match=r"no dataset 'yours': choose one of .*shapes"):
+        prepare("yours", tmp_path, "train", 16)
+    wrong = Numbered()
+    wrong.classes = ["only one"]
+    with pytest.raises(UserError, match=r"labels from 0 to 3 but 1 class names"):
+        decode(wrong, tmp_path / "cache")
+
+
+# --- the fingerprint, by which a checkpoint knows its data --------------------------------------------
+def test_the_fingerprint_stays_when_the_data_are_moved_copied_and_renamed(tmp_path):
+    before = decode(ImageFolder(pictures(tmp_path / "here"), "train"), tmp_path / "one").fingerprint
+    (tmp_path / "here").rename(tmp_path / "there")
+    for file in (tmp_path / "there").iterdir():
+        os.utime(file, (0, 0))
+    assert decode(ImageFolder(tmp_path / "there", "train"), tmp_path / "two").fingerprint == before != ""
+    assert decode(ImageFolder(tmp_path / "there", "train"), tmp_path / "two").fingerprint == before  # read back
+
+
+def test_the_fingerprint_notices_another_picture_label_order_and_size(tmp_path):
+    class Other(Numbered):
+        def __getitem__(self, index):
+            image, label = super().__getitem__(index)
+            return (image if index != 7 else image + 1), label
+
+    class Relabelled(Numbered):
+        def __getitem__(self, index):
+            image, label = super().__getitem__(index)
+            return image, (label if index != 7 else 0)
+
+    class Reversed(Numbered):
+        def __getitem__(self, index):
+            return super().__getitem__(9 - index)
+
+    kinds = [Numbered(), Numbered(9), Other(), Relabelled(), Reversed()]
+    found = {decode(kind, tmp_path / str(i)).fingerprint for i, kind in enumerate(kinds)}
+    found.add(open_or_decode(Numbered(), "mine", "train", 16, "", tmp_path, 0).fingerprint)
+    assert len(found) == 6
+
+
+# --- names that are not text ------------------------------------------------------------------------
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_names_that_are_not_utf_8_become_text_that_every_file_can_hold(tmp_path):
+    for folder in (b"caf\xe9", b"caf\xe8", "☃".encode()):
+        path = os.path.join(os.fsencode(tmp_path), b"data\xff", folder)
+        os.makedirs(path)
+        for i in range(4):
+            Image.new("RGB", (8, 8)).save(os.fsdecode(os.path.join(path, b"%d\xff.png" % i)))
+    images = prepare("folder", os.fsdecode(os.path.join(os.fsencode(tmp_path), b"data\xff")), "train", 8, tmp_path / "cache", 0)
+    assert images.classes == ["caf\\udce8", "caf\\udce9", "☃"]
+    for name in images.classes:
+        assert json.loads(json.dumps(name, ensure_ascii=False).encode()) == name
+    torch.save({"classes": images.classes}, tmp_path / "x.pth")
+    assert torch.load(tmp_path / "x.pth", weights_only=True)["classes"] == images.classes
+
+
+# --- faults -----------------------------------------------------------------------------------------
+def test_all_damaged_pictures_are_named_in_one_go(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "CHUNK", 4)  # faults in several chunks
+    folder = pictures(tmp_path / "pictures", 60)
+    damaged = {f"{i}.png" for i in range(0, 60, 7)}
+    for name in damaged:
+        data = bytearray((folder / name).read_bytes())
+        data[-20] ^= 1  # a bit of the pixels or their checksum
+        (folder / name).write_bytes(data)
+    named = set()
+    for split in ("train", "val"):
+        try:
+            decode(ImageFolder(folder, split), tmp_path / "cache", split=split)
+        except UserError as error:
+            named |= set(re.findall(r"\d+\.png", str(error)))
+    assert named == damaged
+    for i in range(60):
+        (folder / f"{i}.png").write_bytes(b"nothing")
+    with pytest.raises(UserError) as refusal:
+        decode(ImageFolder(folder, "train"), tmp_path / "cache")
+    lines = str(refusal.value).splitlines()
+    assert len(lines) == 21 and "is not a picture" in lines[19] and lines[20] == "... and 37 more."
+    assert not list((tmp_path / "cache").glob("*train*")), "a cache was made all the same"
+
+
+def test_a_damaged_picture_is_named_from_a_worker_too(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(cache, "CHUNK", 2)  # several chunks, so that there are workers
+    folder = pictures(tmp_path / "pictures")
+    (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"3.png cannot be decoded .*Delete it or move it"):
+        decode(ImageFolder(folder, "train"), tmp_path / "cache", 2)
+    assert "Traceback" not in capfd.readouterr().err
+    assert os.listdir(tmp_path / "cache") == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_was_guessed_is_said_once_for_all_pictures(tmp_path, capfd, monkeypatch, workers):
+    monkeypatch.setattr(cache, "CHUNK", 2)
+    folder = pictures(tmp_path / "pictures", 8)
+    for i in range(6):
+        Image.fromarray(np.full((8, 8), 3000, np.uint16)).save(folder / f"{i}.png")
+    for _ in range(2):
+        decode(ImageFolder(folder, "train"), tmp_path / "cache", workers)
+    said = capfd.readouterr()
+    assert len(re.findall(r"note: [56] pictures have samples .* taken as 12 bits; e.g. .*\d.png\n", said.out)) == 1
+    assert said.err == "" or "decoding" in said.err
+
+
+class Gone(Numbered):
+    def __getitem__(self, index):
+        return Image.open("/nowhere/at/all"), 0
+
+
+def test_a_user_s_dataset_that_cannot_read_its_files_is_no_fault_of_the_cache(tmp_path):
+    dataset = Gone()
+    dataset.fingerprint = "x"
+    with pytest.raises(UserError, match=r"Image 0 of the dataset cannot be read: .*/nowhere/at/all"):
+        decode(dataset, tmp_path)
+
+
+def test_what_a_killed_run_left_is_removed_once_it_is_old(tmp_path):
+    old, young = (tmp_path / f".shapes-val-8.npy.part-{name}" for name in ("00aa", "11bb"))
+    old.touch()
+    young.touch()
+    os.utime(old, (0, 0))
+    prepare("shapes", "", "val", 8, tmp_path, 0)
+    assert not old.exists() and young.exists()
+
+
+def test_two_runs_that_decode_at_once_end_with_one_whole_cache(tmp_path):
+    """The second finds the file of the first, which may be mapped by now, and leaves it in place."""
+
+    class Meanwhile(Numbered):
+        fingerprint = "the same"
+
+        def __getitem__(self, index):
+            if index == 9:
+                plain = Numbered()
+                plain.fingerprint = "the same"
+                self.first = decode(plain, tmp_path).path.stat().st_ino
+            return super().__getitem__(index)
+
+    dataset = Meanwhile()
+    images = decode(dataset, tmp_path)
+    assert images.path.stat().st_ino == dataset.first and len(os.listdir(tmp_path)) == 1
+
+
+def test_a_cache_folder_that_cannot_be_made_names_the_setting(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"a file stands where a folder is needed.*--cache_path"):
+        prepare("shapes", "", "val", 8, tmp_path / "file" / "cache", 0)
+
+
+def test_a_folder_under_the_name_of_the_cache_is_said(tmp_path):
+    (tmp_path / "shapes-val-8.npy").mkdir()
+    with pytest.raises(UserError, match=r"Cannot read .*shapes-val-8.npy: it is a folder, and a file is needed.*--cache_path"):
+        prepare("shapes", "", "val", 8, tmp_path, 0)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+def test_a_cache_that_cannot_be_read_is_not_made_again(tmp_path, monkeypatch, number):
+    decode(Numbered(), tmp_path)
+
+    def failing(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(np.lib.format, "read_magic", failing)
+    with pytest.raises(UserError, match=rf"Cannot read .*npy: {os.strerror(number)}"):
+        decode(Numbered(), tmp_path)
+
+
+def test_a_right_cache_in_a_read_only_folder_is_used_and_a_wrong_one_is_one_sentence(commons):
+    folder = commons.path / "cache"
+    decode(Numbered(), folder)
+    folder.chmod(0o555)
+    with commons.as_user():
+        assert len(decode(Numbered(), folder)) == 10
+        with pytest.raises(UserError, match=r"Cannot write to .*npy: Permission denied. .*--cache_path"):
+            decode(Numbered(9), folder)
+        assert len(decode(Numbered(), folder)) == 10
+
+
+def test_another_user_s_cache_that_is_not_for_everybody_is_said(commons):
+    decode(Numbered(), commons.path).path.chmod(0)
+    with commons.as_user(), pytest.raises(UserError, match=r"Cannot read .*npy: Permission denied. Fix its permissions"):
+        decode(Numbered(), commons.path)
+
+
+def test_too_little_space_is_said_before_the_work(tmp_path, monkeypatch):
+    usage = cache.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(UserError, match=r"No space left on device. Free some space .*--cache_path. It needs 0 MB"):
+        dataset = Gone()
+        dataset.fingerprint = "x"
+        decode(dataset, tmp_path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no resource limits on Windows")
+def test_a_disk_that_fills_up_leaves_nothing(tmp_path):
+    program = textwrap.dedent(f"""
+        import resource
+        from src.dataset import prepare
+        from src.utils import UserError
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+        try:
+            prepare("shapes", "", "val", 32, {str(tmp_path / "cache")!r}, 0)
+        except UserError as error:
+            print(error)
+    """)
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert "It needs 6 MB" in result.stdout and "--cache_path" in result.stdout, result.stderr
+    assert result.returncode == 0 and os.listdir(tmp_path / "cache") == []
