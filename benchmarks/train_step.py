@@ -1,269 +1,276 @@
-"""How fast is one training step, ours and other libraries', in turns on the same machine, as a Markdown table.
+"""How fast is one training step? Ours, ours changed in one place, and other libraries', as a Markdown table.
 
     python -m benchmarks.train_step
-    python -m benchmarks.train_step --apart
-    python -m benchmarks.train_step --batches 16,64,256 --only ours,diffusers --variants graphs,loss
+    python -m benchmarks.train_step --peers --variants plain no-QuickNorm --batches 4 --train_flags="--precision bf16"
 
-Peers that are not installed (pip install -r requirements-bench.txt) are left out. Models of unequal size compare by GFLOP/s:
-pictures per second times the FLOPs of a training step, three times the forward pass. "ours / this" is the ratio of that.
+On a CPU all are measured in turns; on a GPU one after the other, because not all fit into memory together. Networks of unequal
+size compare by GFLOP/s: three forward passes an image. "script" is what a library's own training script does by default:
+diffusers' train_unconditional.py (float32, AdamW, no average of the weights) and the Trainer of denoising-diffusion-pytorch
+(float32, Adam, the average every 10 steps). "best" adds bf16, channels_last, a fused optimizer and, on CUDA, torch.compile. The
+images of other libraries lie on the device already. `pip install -r requirements-bench.txt` installs them.
 """
 
 import gc
-import os
-import subprocess
+import math
+import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
-from types import SimpleNamespace
+from typing import Any, cast
+from unittest.mock import patch
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from benchmarks.common import (
-    TRAIN_FLAGS,
-    PeakMemory,
-    Row,
-    alternate,
-    ceiling_dtype,
-    ceilings,
-    forward_gflop,
-    main,
-    quartiles,
-    random_images,
-    ratios,
-    report,
-    settings_for,
-    some_of,
-    spread,
-)
-from benchmarks.ours import VARIANTS, Step
-from benchmarks.peers import MODES, STEPS, UNETS, is_installed
-from src.model import parameter_count
-from src.runtime.build import build_model
-from src.runtime.device import is_out_of_memory, pick_device, synchronize
-from src.runtime.flags import TRUTH, text, whole, wholes
+from benchmarks import common
+from benchmarks.common import Args, Call, Table
+from src import model as plain
+from src import noise
+from src.dataset import DeviceImages, Images
+from src.ema import EMA
+from src.runtime import kernels
+from src.runtime.build import build_batches, build_diffusion, build_model, build_optimizer
+from src.runtime.device import InPrecision, peak_memory, pick_device, pick_precision, place, should_compile
+from src.runtime.monitor import Meter
 from src.runtime.settings import Settings
 
-SHARE_OF_MEMORY = 0.7  # of a GPU, up to which all contestants stay in it together
 
-COLUMNS = {
-    "batch": "batch",
-    "what": "name",
-    "params": "{params_millions:.1f}M",
-    "GFLOP/img": "{forward_gflop:.1f}",
-    "img/s": "{images_per_second:,.2f}",
-    "ms/step": "{milliseconds:,.1f} ({milliseconds_quartiles[0]:,.1f} to {milliseconds_quartiles[1]:,.1f})",
-    "GFLOP/s": "{gflop_per_second:,.0f}",
-    "ours / this": "{ours_per_flop:.2f}",
-    "of matmul": "{share_of_matmul:.0%}",
-    "GiB": "{peak_gib:.2f}",
-    "s to first step": "{seconds_to_first_step:.1f}",
+class Step:
+    """step() is one optimizer step of train.py, from the batch to the average; a test compares the weights. A variant changes
+    `network`, `losses`, `batches` or the modules of `model` in a step that is built."""
+
+    def __init__(self, s: Settings, device: torch.device, images: Images, variant: str = "as train.py"):
+        dtype = pick_precision(s.PRECISION, device)
+        self.settings, self.step = s, 0
+        self.model = place(build_model(s, len(images.classes)).train(), device, dtype)
+        self.ema, self.diffusion = EMA(self.model, s.EMA_DECAY), build_diffusion(s).to(device)
+        self.optimizer = build_optimizer(s, self.model)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.batches: Any = build_batches(s, DeviceImages(images, device))
+        self.meter = Meter(s.TIME_STEPS, device)
+        self.eager: Callable = InPrecision(self.model, device, dtype)
+        self.network: Callable = torch.compile(self.eager) if should_compile(s.COMPILE, device) else self.eager
+        self.losses: Callable = lambda *batch: self.diffusion.training_losses(self.network, *batch)
+        VARIANTS[variant](self)
+
+    def __call__(self) -> None:
+        s, step = self.settings, self.step
+        self.optimizer.param_groups[0]["lr"] = s.LEARNING_RATE * min(1.0, (step + 1) / max(1, s.WARMUP_STEPS))
+        torch.manual_seed(noise.seed(s.SEED, noise.DROPOUT, step, 0))
+        for micro in range(s.GRAD_ACCUM_STEPS):
+            batch = self.batches(step, micro)
+            torch.compiler.cudagraph_mark_step_begin()  # only variants with CUDA graphs need it
+            losses = self.losses(*batch)
+            self.scaler.scale(losses.mean() / s.GRAD_ACCUM_STEPS).backward()
+            self.meter.add(losses, batch.t)
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), s.GRAD_CLIP or math.inf)
+        self.optimizer.found_inf = self.meter.add_norm(norm, step + 1)  # type: ignore[attr-defined]
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update(step)
+        self.step += 1
+
+
+def swapped(old: type | tuple[type, ...], new: type | None = None) -> Callable[[Step], None]:
+    """Modules of a class become `new`, or else the plain modules that kernels.py found there."""
+
+    def change(step: Step) -> None:
+        found = [module for module in step.model.modules() if isinstance(module, old)]
+        assert found, "the step has no such modules on this device in this precision"
+        for module in found:
+            while isinstance(module, old) and type(module) is not new:
+                module.__class__ = cast(type, new or type(module).__base__)
+
+    return change
+
+
+def compiled(part: str, **options: Any) -> Callable[[Step], None]:
+    """torch.compile over "network", or over "losses" with the network inside."""
+
+    def change(step: Step) -> None:
+        step.network = step.eager
+        setattr(step, part, torch.compile(getattr(step, part), **options))
+
+    return change
+
+
+def step_noise(step: Step) -> None:
+    """The noise of a batch by a compiled function."""
+    step.batches = patch.object(noise, "normal", torch.compile(noise.normal))(step.batches.__call__)
+
+
+def one_batch(step: Step) -> None:
+    """Always the same images and noise. The difference is what it costs to draw them."""
+    step.batches = partial(lambda batch, *_: batch, step.batches(0, 0))
+
+
+SWAPS = tuple(c for c in vars(kernels).values() if isinstance(c, type) and issubclass(c, nn.Module))
+
+# What is not decided yet, and what each swap of kernels.py gains. name: function that changes a built step.
+VARIANTS: dict[str, Callable[[Step], None]] = {
+    "as train.py": lambda step: None,
+    "plain": swapped(SWAPS),
+    **{f"no-{quick.__name__}": swapped(quick) for quick in SWAPS},
+    "four-product": swapped(plain.Upsample, kernels.FourProductUpsample),
+    "eager": lambda step: setattr(step, "network", step.eager),
+    "compile": compiled("network"),
+    "graphs": compiled("network", mode="reduce-overhead"),
+    "max-autotune": compiled("network", mode="max-autotune"),
+    "loss": compiled("losses"),
+    "loss-graphs": compiled("losses", mode="reduce-overhead"),
+    "step-noise": step_noise,
+    "one-batch": one_batch,
+}
+
+MODES = ("script", "best")
+LUCIDRAINS_MULTS = {(1, 2, 3, 4): (1, 2, 3, 6)}  # where its network is about as large as ours: 86.5M beside 92.0M parameters
+
+
+def diffusers_unet(s: Settings) -> Any:
+    """UNet2DModel with the channels, blocks and attention of ours; its step enters by addition, its own default."""
+    from diffusers import UNet2DModel
+
+    has_attention = [s.IMAGE_SIZE >> level in s.ATTENTION_RESOLUTIONS for level in range(len(s.DIM_MULTS))]
+    return UNet2DModel(
+        sample_size=s.IMAGE_SIZE,
+        block_out_channels=[s.UNET_DIM * mult for mult in s.DIM_MULTS],
+        layers_per_block=s.NUM_RES_BLOCKS,
+        down_block_types=["AttnDownBlock2D" if there else "DownBlock2D" for there in has_attention],
+        up_block_types=["AttnUpBlock2D" if there else "UpBlock2D" for there in reversed(has_attention)],
+        attention_head_dim=min(64, s.UNET_DIM),
+        norm_num_groups=plain.norm_groups(s.UNET_DIM),
+    )
+
+
+def lucidrains_unet(s: Settings) -> Any:
+    from denoising_diffusion_pytorch import Unet
+
+    return Unet(dim=s.UNET_DIM, dim_mults=LUCIDRAINS_MULTS.get(s.DIM_MULTS, s.DIM_MULTS))
+
+
+def prepared(model: nn.Module, device: torch.device, mode: str) -> Callable:
+    """Another library's module on the device, as its scripts run it or at its best."""
+    model.to(device)
+    if mode == "best":
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if device.type == "cuda":
+            model.compile()
+    return InPrecision(model, device, pick_precision("auto" if mode == "best" else "fp32", device))
+
+
+def diffusers_step(s: Settings, x_0: Tensor, mode: str) -> Call:
+    """x_0: [B, 3, S, S] in [-1, 1], on the device."""
+    from diffusers import DDPMScheduler
+
+    model, scheduler = diffusers_unet(s).train(), cast(Any, DDPMScheduler(num_train_timesteps=s.TIME_STEPS))
+    network = prepared(model, x_0.device, mode)
+
+    def loss() -> Tensor:
+        eps, t = torch.randn_like(x_0), torch.randint(0, s.TIME_STEPS, (len(x_0),), device=x_0.device)
+        return F.mse_loss(network(scheduler.add_noise(x_0, eps, t), t).sample.float(), eps)
+
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, (0.95, 0.999), 1e-8, 1e-6, fused=mode == "best" or None)
+    return usual_step(loss, optimizer, mode, lambda: None)
+
+
+def lucidrains_step(s: Settings, x_0: Tensor, mode: str) -> Call:
+    from denoising_diffusion_pytorch import GaussianDiffusion
+    from ema_pytorch import EMA
+
+    diffusion = GaussianDiffusion(lucidrains_unet(s), image_size=s.IMAGE_SIZE, timesteps=s.TIME_STEPS).train()
+    network, images = prepared(diffusion, x_0.device, mode), (x_0 + 1) / 2  # it scales [0, 1] to [-1, 1] itself
+    ema = EMA(diffusion, beta=0.995, update_every=10, use_foreach=mode == "best").to(x_0.device)
+    ema.step += 1000  # in its first hundred steps it copies instead
+    optimizer = torch.optim.Adam(diffusion.model.parameters(), 1e-4, (0.9, 0.99), fused=mode == "best" or None)
+    return usual_step(lambda: network(images), optimizer, mode, ema.update)
+
+
+def usual_step(loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, mode: str, update_average: Call) -> Call:
+    def step() -> None:
+        value = loss()
+        if mode == "script":
+            value.item()  # both log it every step
+        value.backward()
+        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        update_average()
+
+    return step
+
+
+PEERS: dict[str, Callable] = {"diffusers": diffusers_step, "lucidrains": lucidrains_step}
+UNETS: dict[str, Callable] = {
+    "ours": partial(build_model, num_classes=10),
+    "diffusers": diffusers_unet,
+    "lucidrains": lucidrains_unet,
 }
 
 
-@dataclass(eq=False)
-class Contestant:
-    """A way to take a training step: how to make it, and what was measured of it."""
-
-    name: str
-    make: Callable[[], Callable[[], object]]
-    params: int
-    gflop: float  # forward, of one image
-    seconds: list[float] = field(default_factory=list)  # per step, by round
-    first: float = 0.0  # seconds from nothing to the end of the first step
-    gib: float | None = None
-
-    def start(self, device: torch.device) -> Callable[[], object]:
-        """Build it and take the first steps."""
-        with PeakMemory(device) as memory:
-            start = time.perf_counter()
-            step = self.make()
-            step()
-            synchronize(device)
-            self.first = self.first or time.perf_counter() - start  # of two starts, the one that found no caches
-            for _ in range(3 if device.type == "cuda" else 0):  # CUDA graphs are recorded in the second and third
-                step()
-            synchronize(device)
-        self.gib = memory.gib if not isinstance(step, Apart) else None
-        return step
+def contestants(args: Args, s: Settings, device: torch.device) -> dict[str, Callable[[], Call]]:
+    images = common.random_images(max(4096, s.BATCH_SIZE), s.IMAGE_SIZE)
+    x_0, _ = DeviceImages(images, device).batch(torch.arange(s.BATCH_SIZE))
+    entered: dict[str, Callable[[], Call]] = {"ours": partial(Step, s, device, images)}
+    entered |= {f"ours, {name}": partial(Step, s, device, images, name) for name in args.variants}
+    entered |= {f"{peer}, {mode}": partial(PEERS[peer], s, x_0, mode) for peer in args.peers for mode in args.modes}
+    return entered
 
 
-def contestants(flags: SimpleNamespace, s: Settings, device: torch.device) -> Iterator[Contestant]:
-    """Ours, its variants, and the peers that are installed."""
-    images = random_images(max(4096, s.BATCH_SIZE) if not flags.tiny else 8 * s.BATCH_SIZE, s.IMAGE_SIZE)
-    if "ours" in flags.only:
-        size = size_of(build_model(s, len(images.classes)), s)
-        for variant in (None, *flags.variants):
-            name = f"ours, {variant}" if variant else "ours"
-            yield Contestant(name, partial(Step, s, device, images, variant), *size)
-    for peer in STEPS:
-        if peer not in flags.only:
-            continue
-        if not is_installed(peer):
-            print(f"{peer} is not installed and left out: pip install -r requirements-bench.txt", file=sys.stderr)
-            continue
-        size = size_of(UNETS[peer](s), s)
-        x_0, _ = images.to(device).batch(torch.arange(s.BATCH_SIZE))
-        for mode in flags.modes:
-            yield Contestant(f"{peer}, {mode}", partial(STEPS[peer], s, x_0, mode), *size)
+def race(args: Args, s: Settings, device: torch.device, table: Table) -> None:
+    entered, on_gpu, ours = contestants(args, s, device), device.type == "cuda", list[float]()
+    for group in [[name] for name in entered] if on_gpu else [list(entered)]:  # those that are in memory together
+        running, first, step = dict[str, Call](), dict[str, float](), cast(Any, None)
+        for name in group:
+            try:
+                start = time.perf_counter()
+                step = entered[name]()
+                common.seconds_per_call(step, 1, device)
+                first[name] = time.perf_counter() - start
+                common.seconds_per_call(step, 3 if on_gpu else 1, device)  # CUDA graphs are recorded in the second and third
+                running[name] = step
+            except Exception as error:  # whatever another library or a compiler may raise: the others keep their figures
+                print(f"{name} is left out: {type(error).__name__}: {error}", file=sys.stderr)
+        seconds = common.in_turns(running, args.rounds, args.steps, device)
+        ours = seconds.get("ours", ours)
+        for name, times in seconds.items():
+            model = UNETS[name.split(",")[0]](s)
+            gflop, speed = common.forward_gflop(model, s.IMAGE_SIZE), s.BATCH_SIZE / statistics.median(times)
+            figures = {"images_per_second": speed} | common.spread("milliseconds", [1000 * x for x in times])
+            figures |= common.spread("over_ours", times, ours) if ours else {}
+            figures |= {"forward_gflop": gflop, "gflop_per_second": speed * 3 * gflop}
+            figures |= {"share_of_matmul": speed * 3 * gflop / 1000 / table.about["matmul_tflops"]}
+            figures |= {"params_millions": plain.parameter_count(model) / 1e6, "seconds_to_first_step": first[name]}
+            figures |= {"peak_gib": peak_memory(device)} if on_gpu else {}
+            table.add(batch=s.BATCH_SIZE, name=name, **figures, rounds=args.rounds)
+        del running, step  # on a GPU the next one needs the memory
+        torch.compiler.reset()  # else a second batch size would be compiled for any size
+        gc.collect()
+        if on_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
 
 
-class Apart:
-    """A contestant in a process of its own, one step a call. On a CPU the way in which memory is asked for is the process's:
-    src/__init__.py sets it for ours, and peers go without, as their scripts do."""
-
-    def __init__(self, name: str, batch: int):
-        words = [*sys.argv[1:], "--serve", name, "--batches", str(batch)]
-        own = {} if name.startswith("ours") else {"THP_MEM_ALLOC_ENABLE": "0"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.train_step", *words],
-            env=os.environ | own,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def __call__(self) -> None:
-        print(file=self.process.stdin, flush=True)
-        if not self.process.stdout.readline():  # type: ignore[union-attr]
-            raise RuntimeError(f"its process ended with {self.process.wait()}")
+def measure(args: Args) -> None:
+    device = pick_device(args.device)
+    args.steps = args.steps or (10 if device.type == "cuda" and not args.tiny else 1)
+    table = Table("train_step", args, device, steps_per_round=args.steps, **common.ceilings(device, args.tiny))
+    for batch in args.batches or ((2,) if args.tiny else (16, 64, 256) if device.type == "cuda" else (8,)):
+        race(args, common.settings_for(args, batch_size=batch, grad_accum_steps=1), device, table)
+    table.print()
 
 
-def serve(contestant: Contestant, device: torch.device) -> None:
-    """What the other end of Apart does: a step for each line."""
-    step = contestant.make()
-    for _ in sys.stdin:
-        step()
-        synchronize(device)
-        print("done", flush=True)
-
-
-def size_of(model: nn.Module, s: Settings) -> tuple[int, float]:
-    return parameter_count(model), forward_gflop(model, s.IMAGE_SIZE)
-
-
-def race(entered: list[Contestant], rounds: int, steps: int, device: torch.device) -> str:
-    """Measure all of them: in turns where all fit into memory together, else one after the other, there and back.
-    Returns which it was."""
-    running, fit = start_together(entered, device)
-    if fit:
-        for name, seconds in alternate(running, rounds, steps, device).items():
-            next(c for c in entered if c.name == name).seconds = seconds
-        return "in turns"
-    how_many = f"{len(running)} of {len(entered)} fit together"
-    running.clear()
-    for order in (1, -1):
-        for contestant in entered[::order]:
-            release(device)
-            if step := attempt(contestant, entered, device, alone=True):
-                contestant.seconds += alternate({contestant.name: step}, -(-rounds // 2), steps, device)[contestant.name]
-            step = None  # nothing of it may be held when the next one starts
-    return f"one after the other, there and back ({how_many})"
-
-
-def start_together(entered: list[Contestant], device: torch.device) -> tuple[dict[str, Callable[[], object]], bool]:
-    """The steps of as many contestants as memory holds at once, and whether these are all."""
-    running: dict[str, Callable[[], object]] = {}
-    room = torch.cuda.mem_get_info(device)[1] / 2**30 * SHARE_OF_MEMORY if device.type == "cuda" else float("inf")
-    for contestant in list(entered):
-        step = attempt(contestant, entered, device, alone=not running)
-        if step:
-            running[contestant.name] = step
-        is_out_of_room = sum(c.gib or 0.0 for c in entered) > room and len(entered) > 1
-        if is_out_of_room or (step is None and contestant in entered):
-            return running, False
-    return running, True
-
-
-def attempt(
-    contestant: Contestant, entered: list[Contestant], device: torch.device, alone: bool
-) -> Callable[[], object] | None:
-    """The contestant's step. One that fails is named and struck from the list, lest it take the others' figures with it;
-    one that runs out of memory only where it is alone."""
-    try:
-        return contestant.start(device)
-    except Exception as error:  # whatever another library or a compiler may raise
-        if alone or not is_out_of_memory(error):
-            reason = (str(error).strip().splitlines() or [""])[0]
-            print(f"{contestant.name} is left out: {type(error).__name__}: {reason}", file=sys.stderr)
-            entered[:] = [c for c in entered if c is not contestant]
-    return None
-
-
-def release(device: torch.device) -> None:
-    """Give back what nobody holds any more, compiled code and its CUDA graphs among it."""
-    torch.compiler.reset()  # also, else a second batch size would be compiled for any size
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def rows(entered: list[Contestant], batch: int, matmul_tflops: float) -> list[Row]:
-    ours = next((c for c in entered if c.name == "ours"), None)
-    found = []
-    for c in entered:
-        speed = batch / quartiles(c.seconds)[1]
-        row = {
-            "batch": batch,
-            "name": c.name,
-            "params_millions": c.params / 1e6,
-            "forward_gflop": c.gflop,
-            "images_per_second": speed,
-            **spread("milliseconds", [1000 * seconds for seconds in c.seconds]),
-            "gflop_per_second": speed * 3 * c.gflop,
-            "share_of_matmul": speed * 3 * c.gflop / 1000 / matmul_tflops,
-            "peak_gib": c.gib,
-            "seconds_to_first_step": c.first,
-            "rounds": len(c.seconds),
-        }
-        if ours:
-            times = ratios(c.seconds, ours.seconds)
-            row |= spread("ours_per_image", times) | spread("ours_per_flop", [x * ours.gflop / c.gflop for x in times])
-        found.append(row)
-    return found
-
-
-def measure(flags: SimpleNamespace) -> None:
-    device = pick_device(flags.device)
-    on_gpu = device.type == "cuda"
-    rounds = flags.rounds or (2 if flags.tiny else 7)
-    steps = flags.steps or (10 if on_gpu and not flags.tiny else 1)
-    about = ceilings(device, ceiling_dtype(device), flags.tiny) if not flags.serve else {}
-    found = []
-    for batch in flags.batches or ((2,) if flags.tiny else (16, 64, 256) if on_gpu else (8,)):
-        s = settings_for(flags, batch_size=batch)
-        entered = list(contestants(flags, s, device))
-        if flags.serve:
-            return serve(next(c for c in entered if c.name == flags.serve), device)
-        if flags.apart:
-            for contestant in entered:
-                contestant.make = partial(Apart, contestant.name, batch)
-        order = race(entered, rounds, steps, device)
-        print(f"batch {batch}: {len(entered)} contestants {order}", file=sys.stderr)
-        found += [row | {"order": order} for row in rows(entered, batch, about["matmul_tflops"])]
-        del entered
-        release(device)
-    report(flags, device, COLUMNS, found, steps_per_round=steps, **about)
-
-
-FLAGS = [
-    ("--batches", wholes("one or more whole numbers", 1), "pictures a step (default: 16,64,256 on CUDA, else 8)", None),
-    ("--only", some_of(["ours", *STEPS]), "whom to measure (default: all)", ("ours", *STEPS)),
-    ("--modes", some_of(MODES), "how peers run: script, best (default: both)", MODES),
-    ("--variants", some_of(VARIANTS), "ours compiled in other ways as well (default: none)", ()),
-    ("--rounds", whole(1), "turns of each (default: 7)", None),
-    ("--steps", whole(1), "steps in a turn (default: 10 on CUDA, else 1)", None),
-    ("--apart", TRUTH, "each contestant in a process of its own; GiB is then unknown (default: false)", False),
-    (
-        "--serve",
-        text("the name of a contestant", r".+", "NAME"),
-        "what --apart starts: a step for each line of stdin",
-        None,
-    ),
-    TRAIN_FLAGS,
-]
+FLAGS: common.Flags = {
+    "batches": dict(type=int, nargs="+", help="images a step (default: 16 64 256 on CUDA, else 8)"),
+    "rounds": dict(type=int, default=7, help="turns of each (default: 7)"),
+    "steps": dict(type=int, help="steps in a turn (default: 10 on CUDA, else 1)"),
+    "variants": dict(nargs="*", choices=VARIANTS, default=[], help="ours, changed in one place"),
+    "peers": dict(nargs="*", choices=PEERS, default=list(PEERS), help="other libraries (default: all)"),
+    "modes": dict(nargs="+", choices=MODES, default=list(MODES), help="how they run (default: both)"),
+}
 
 if __name__ == "__main__":
-    sys.exit(main("train_step", __doc__, FLAGS, measure))
+    sys.exit(common.main("train_step", __doc__, measure, FLAGS))

@@ -1,23 +1,19 @@
-"""That the benchmarks run, keep what they promise to keep, and measure the step that train.py takes."""
+"""The benchmarks run, record consistent figures, and measure the step that train.py takes."""
 
 import json
 import shlex
 import sys
-import weakref
 
 import pytest
 import torch
 
 import config
-from benchmarks import data, loop, profile_step, sample, start, train_step
-from benchmarks.common import forward_gflop, main, some_of, table
-from benchmarks.ours import Step
-from benchmarks.peers import diffusers_unet
-from src.dataset import prepare
+from benchmarks import common, data, profile_step, sample, train_step
+from src import model as plain
 from src.model import UNet, parameter_count
-from src.runtime.build import build_model
+from src.runtime import kernels
+from src.runtime.build import build_model, open_images
 from src.runtime.settings import resolve
-from src.utils import UserError
 from tests.runs import same
 
 FACTS = {"command", "hardware", "threads", "torch", "commit", "date", "tiny"}
@@ -25,7 +21,7 @@ FACTS = {"command", "hardware", "threads", "torch", "commit", "date", "tiny"}
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """As the runs of tests/runs.py have, to the last bit; and beside other processes a second thread only waits."""
+    """Like the runs of tests/runs.py, so that sums agree to the last bit."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -34,64 +30,46 @@ def one_thread():
 
 @pytest.fixture
 def bench(monkeypatch, tmp_path, capsys):
-    """bench(module, flags...) runs a benchmark in its tiny form on the CPU: (the exit code, its JSON lines, what it said)."""
+    """bench(module, words) runs a benchmark in its tiny form on the CPU. It returns the JSON lines and what was printed."""
 
-    def run(module, *flags):
-        script = module.__name__.split(".")[-1]
-        words = [script, "--tiny", "--device", "cpu", "--results", str(tmp_path), *flags]
-        monkeypatch.setattr(sys, "argv", words)
-        code = main(script, module.__doc__, module.FLAGS, module.measure)
-        path = tmp_path / f"{script}.jsonl"
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        return code, lines, capsys.readouterr()
+    def run(module, words=""):
+        name = module.__name__.split(".")[-1]
+        monkeypatch.setattr(sys, "argv", [name, "--tiny", "--device=cpu", f"--results={tmp_path}", *shlex.split(words)])
+        code, said = common.main(name, module.__doc__, module.measure, module.FLAGS), capsys.readouterr()
+        assert code == 0, said.err
+        lines = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        assert all(line.keys() > FACTS and line["tiny"] for line in lines)
+        return lines, said
 
     return run
 
 
-def cells(out):
-    """The Markdown table that was printed, as lists of words."""
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line.startswith("|")]
+def test_flops_are_two_per_multiplication():
+    class Network(torch.nn.Conv2d):
+        def forward(self, x, t):
+            return super().forward(x)
 
-
-# --- FLOPs --------------------------------------------------------------------------------------------
+    assert common.forward_gflop(Network(3, 5, 3, padding=1), 8) == pytest.approx(2 * 8 * 8 * 3 * 5 * 3 * 3 / 1e9)
 
 
 def test_the_default_network_takes_60_6_gflop_an_image():
-    settings = resolve(config, []).settings
     with torch.device("meta"):
-        model = UNet(settings.IMAGE_SIZE, settings.UNET_DIM, settings.DIM_MULTS, settings.NUM_RES_BLOCKS)
-    assert parameter_count(model) == pytest.approx(92.0e6, rel=0.01)
-    assert forward_gflop(build_model(settings, 200), 64) == pytest.approx(60.6, rel=0.01)
+        assert parameter_count(UNet()) == pytest.approx(92.0e6, rel=0.001)
+    assert common.forward_gflop(build_model(resolve(config, []).settings, 200), 64) == pytest.approx(60.6, rel=0.001)
 
 
-def test_flops_are_two_per_multiplication():
-    class Network(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = torch.nn.Conv2d(3, 5, 3, padding=1)
-
-        def forward(self, x, t):
-            return self.conv(x)
-
-    assert forward_gflop(Network(), 8) == pytest.approx(2 * 8 * 8 * 3 * 5 * 3 * 3 / 1e9)
-
-
-def test_diffusers_has_the_same_shape_as_ours():
-    settings = resolve(config, ["--unet_dim", "32", "--image_size", "32", "--attention_resolutions", "16,8"]).settings
-    ours, theirs = (forward_gflop(model, 32) for model in (build_model(settings, 1), diffusers_unet(settings)))
+def test_the_network_of_diffusers_has_the_shape_of_ours():
+    pytest.importorskip("diffusers")
+    s = resolve(config, shlex.split("--unet_dim 32 --image_size 32 --attention_resolutions 16,8")).settings
+    ours, theirs = (common.forward_gflop(model, 32) for model in (build_model(s, 1), train_step.diffusers_unet(s)))
     assert theirs == pytest.approx(ours, rel=0.01)
 
 
-# --- the training step --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("changes", [{}, {"GRAD_ACCUM_STEPS": 2, "CLASS_CONDITIONAL": True, "PREDICTION": "v"}])
-def test_the_step_that_is_measured_is_the_one_that_train_py_takes(run, pictures, changes):
+@pytest.mark.parametrize("changes", [{}, {"GRAD_ACCUM_STEPS": 2, "CLASS_CONDITIONAL": True, "PREDICTION": "v", "DROPOUT": 0.3}])
+def test_the_step_that_is_measured_is_the_one_that_train_py_takes(run, changes):
     run.train(max_steps=3, **changes)
-    state = run.state()
-    settings = resolve(config, run.flags(**changes)).settings
-    images = prepare("folder", pictures, "train", settings.IMAGE_SIZE, settings.CACHE_PATH, 0)
-    step = Step(settings, torch.device("cpu"), images)
+    state, s = run.state(), resolve(config, run.flags(**changes)).settings
+    step = train_step.Step(s, torch.device("cpu"), open_images(s, "train"))
     for _ in range(3):
         step()
     assert same(step.model.state_dict(), state["model"])
@@ -100,92 +78,79 @@ def test_the_step_that_is_measured_is_the_one_that_train_py_takes(run, pictures,
 
 
 def test_train_step_keeps_consistent_figures(bench):
-    words = ["--only", "ours,diffusers", "--batches", "2,3", "--rounds", "3"]
-    code, lines, said = bench(train_step, *words)
-    assert code == 0, said.err
-    names = ["ours", "diffusers, script", "diffusers, best"]
+    pytest.importorskip("diffusers")
+    names = ["ours", "ours, plain", "diffusers, script", "diffusers, best"]
+    lines, said = bench(train_step, "--batches 2 3 --rounds 2 --cpu_time --variants plain --peers diffusers")
     assert [(line["batch"], line["name"]) for line in lines] == [(batch, name) for batch in (2, 3) for name in names]
     for line in lines:
-        assert line["command"] == "python -m benchmarks.train_step --tiny --device cpu " + shlex.join(words)
-        assert set(line) > FACTS | {"params_millions", "peak_gib", "seconds_to_first_step", "matmul_tflops", "order"}
         low, high = line["milliseconds_quartiles"]
         assert low <= line["milliseconds"] <= high
         assert line["images_per_second"] * line["milliseconds"] == pytest.approx(1000 * line["batch"])
         assert line["gflop_per_second"] == pytest.approx(line["images_per_second"] * 3 * line["forward_gflop"])
         assert line["share_of_matmul"] == pytest.approx(line["gflop_per_second"] / 1000 / line["matmul_tflops"])
-        assert line["rounds"] == 3
-    assert all(line["ours_per_flop"] == 1 for line in lines if line["name"] == "ours")
-    head, _, *rows = cells(said.out)
-    assert head == list(train_step.COLUMNS)
-    assert [row[:2] for row in rows] == [[str(line["batch"]), line["name"]] for line in lines]
+        assert line["over_ours"] == 1 or line["name"] != "ours"
+    assert [line.split(" | ")[1] for line in said.out.splitlines() if line.startswith("| ")] == ["name", *names, *names]
 
 
-def test_a_contestant_that_fails_is_named_and_the_others_stay(bench, monkeypatch):
-    def broken(*_):
-        raise RuntimeError("no such kernel")
-
-    monkeypatch.setitem(train_step.STEPS, "diffusers", broken)
-    code, lines, said = bench(train_step, "--only", "ours,diffusers", "--modes", "script")
-    assert code == 0
-    assert [line["name"] for line in lines] == ["ours"]
-    assert "diffusers, script is left out: RuntimeError: no such kernel" in said.err
-
-
-def test_contestants_that_do_not_fit_together_run_one_after_the_other(bench, monkeypatch):
-    start_alone = train_step.Contestant.start
-    living = []
-
-    def start(self, device):
-        if [step for step in living if step() is not None]:
-            raise torch.OutOfMemoryError("out of memory")
-        step = start_alone(self, device)
-        living.append(weakref.ref(step))
-        return step
-
-    monkeypatch.setattr(train_step.Contestant, "start", start)
-    code, lines, said = bench(train_step, "--only", "ours,diffusers", "--modes", "script", "--rounds", "4")
-    assert code == 0
-    assert [(line["name"], line["rounds"]) for line in lines] == [("ours", 4), ("diffusers, script", 4)], said.err
-    assert lines[0]["order"] == "one after the other, there and back (1 of 2 fit together)"
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_variant_changes_the_time_and_not_the_loss(precision, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda call, **_: call)  # a compiler takes minutes
+    s = resolve(config, shlex.split(f"{common.TINY} --device cpu --precision {precision}")).settings
+    losses = {}
+    for name in train_step.VARIANTS:
+        if precision == "fp32" and name in ("no-LowPrecisionNorm", "no-QuickNorm", "no-FormulaAttention"):
+            with pytest.raises(AssertionError, match="no such modules"):
+                train_step.Step(s, torch.device("cpu"), common.random_images(4, s.IMAGE_SIZE), name)
+            continue
+        step = train_step.Step(s, torch.device("cpu"), common.random_images(4, s.IMAGE_SIZE), name)
+        for _ in range(2):
+            step()
+        losses[name] = float(step.meter.sums[0].sum())
+    one_batch = losses.pop("one-batch")
+    assert losses == pytest.approx(dict.fromkeys(losses, losses["plain"]), rel=1e-2) and one_batch != losses["plain"]
 
 
-# --- the others ---------------------------------------------------------------------------------------
+def test_plain_is_the_network_of_model_py_and_no_x_is_plain_in_one_place():
+    s = resolve(config, shlex.split(f"{common.TINY} --device cpu --precision bf16")).settings
+    kinds = {}
+    for name in ("plain", "as train.py", "no-QuickNorm", "no-FourProductUpsample"):
+        step = train_step.Step(s, torch.device("cpu"), common.random_images(4, s.IMAGE_SIZE), name)
+        kinds[name] = {type(module) for module in step.model.modules()}
+    assert kinds["plain"] == {type(module) for module in build_model(s, 10).modules()}
+    assert kinds["as train.py"] - kinds["no-QuickNorm"] == {kernels.QuickNorm}
+    assert kinds["as train.py"] - kinds["no-FourProductUpsample"] == {kernels.FourProductUpsample}
+    assert kinds["no-FourProductUpsample"] - kinds["as train.py"] == {plain.Upsample}
 
 
-def test_loop_runs_train_py_in_turns_with_the_bare_step(bench):
-    code, (line,), said = bench(loop, "--rounds", "2", "--steps", "3")
-    assert code == 0, said.err
-    assert line["loop_images_per_second"] > 0 and line["bare_images_per_second"] > 0
-    assert line["overhead_percent"] > -100
-    assert (line["rounds"], line["steps"]) == (2, 3)
+def test_what_fails_is_named_and_the_others_keep_their_figures(bench):
+    lines, said = bench(train_step, "--rounds 1 --peers --variants no-QuickNorm eager --train_flags='--precision fp32'")
+    assert [line["name"] for line in lines] == ["ours", "ours, eager"]
+    assert "ours, no-QuickNorm is left out: AssertionError: the step has no such modules" in said.err
 
 
-def test_loop_compares_each_stretch_with_its_bare_neighbours():
-    watch = loop.Stopwatch(None, None, None, rounds=2, steps=1)
-    watch.bare, watch.loop = [9.0, 1.0, 3.0, 5.0], [9.0, 3.0, 4.0]  # the first of each warms up
-    assert watch.overheads() == pytest.approx([50, 0])
+def test_each_line_is_written_at_once(tmp_path):
+    table = common.Table("some", common.argparse.Namespace(tiny=True, results=tmp_path / "new"), torch.device("cpu"), batch=8)
+    table.add(name="first", seconds=1.5)
+    assert json.loads((tmp_path / "new" / "some.jsonl").read_text()) == table.about | {"name": "first", "seconds": 1.5}
+    assert table.about["batch"] == 8
 
 
-def test_sample_says_what_it_extrapolates(bench):
-    code, lines, said = bench(sample, "--samplers", "ddim,dpm++", "--most_steps", "20", "--modes", "best", "--rounds", "1")
-    assert code == 0, said.err
-    assert [(line["sampler"], line["name"]) for line in lines] == [
-        (sampler, name) for sampler in ("ddim", "dpm++") for name in ("ours", "diffusers, best")
-    ]
-    assert [line["measured"] for line in lines] == ["20 steps, extrapolated"] * 2 + ["all"] * 2
+def test_sample_says_how_many_steps_it_measured(bench):
+    pytest.importorskip("diffusers")
+    lines, _ = bench(sample, "--samplers ddim dpm++ --most_steps 20 --modes best --rounds 1")
+    names = [(sampler, name) for sampler in ("ddim", "dpm++") for name in ("ours", "diffusers, best")]
+    assert [(line["sampler"], line["name"]) for line in lines] == names
+    assert [(line["steps"], line["steps_measured"]) for line in lines] == [(50, 20)] * 2 + [(20, 20)] * 2
 
 
-def test_data_prepares_and_reads_in_turns_with_a_dataloader(bench):
-    code, lines, said = bench(data, "--image_size", "16", "--rounds", "1")
-    assert code == 0, said.err
+def test_data_reads_and_decodes_in_turns_with_a_dataloader(bench):
+    lines, _ = bench(data, "--rounds 1")
     speeds = {line["name"]: line["images_per_second"] for line in lines}
-    assert len(speeds) == 5
-    assert speeds["ours, from the cache"] > speeds["PIL + DataLoader, no workers"]
+    assert speeds["ours, from the cache"] > speeds["PIL + DataLoader, 0 workers"]
 
 
 def test_profile_accounts_for_the_whole_step(bench):
-    code, lines, said = bench(profile_step)
-    assert code == 0, said.err
+    lines, _ = bench(profile_step)
     kinds = {line["name"].strip("*"): line["share"] for line in lines if line["section"] == "kind"}
     assert kinds.pop("the step") == 1
     assert sum(kinds.values()) == pytest.approx(1)
@@ -208,42 +173,3 @@ def test_profile_accounts_for_the_whole_step(bench):
 )
 def test_profile_tells_kernels_by_their_names(kernel, kind):
     assert profile_step.kind_of(kernel) == kind
-
-
-def test_start_sees_the_first_step_before_the_process_ends(tmp_path):
-    words = "--dataset shapes --image_size 8 --unet_dim 8 --dim_mults 1 --attention_resolutions 0 --num_workers 0 --device cpu"
-    seconds, whole = start.seconds_to_step(tmp_path, "1", 1, words.split())
-    assert 0 < seconds <= whole
-    assert (tmp_path / "1" / "latest.pth").exists()
-
-
-def test_start_says_why_a_run_failed(tmp_path, monkeypatch):
-    monkeypatch.setattr(start, "ROOT", tmp_path)
-    (tmp_path / "train.py").write_text("raise SystemExit('no such thing')")
-    with pytest.raises(UserError, match="exit code 1: no such thing"):
-        start.seconds_to_step(tmp_path, "1", 1, [])
-
-
-# --- tables and refusals ------------------------------------------------------------------------------
-
-
-def test_a_table_has_a_dash_for_what_is_not_known():
-    printed = table({"what": "name", "GiB": "{gib:.2f}"}, [{"name": "ours", "gib": 1.234}, {"name": "theirs", "gib": None}, {}])
-    assert printed.splitlines() == ["| what | GiB |", "|---|---|", "| ours | 1.23 |", "| theirs | - |", "| - | - |"]
-
-
-def test_bad_flags_are_refused_in_one_sentence(bench):
-    for module, flags, sentence in [
-        (train_step, ["--only", "ours,theirs"], "--only: got 'ours,theirs', expected some of ours, diffusers, lucidrains"),
-        (train_step, ["--variant", "graphs"], "--variant: no such flag; did you mean --variants?"),
-        (loop, ["--train_flags=--no_such_flag 1"], "--no_such_flag: no such flag"),
-    ]:
-        code, lines, said = bench(module, *flags)
-        assert (code, lines) == (2, [])
-        assert sentence in said.err and "Traceback" not in said.err
-
-
-def test_some_of_takes_a_list_or_nothing():
-    rule = some_of(["a", "b"])
-    assert rule.accept("b,a") == ("b", "a")
-    assert rule.accept("") == ()
