@@ -127,7 +127,7 @@ VARIANTS: dict[str, Callable[[Step], None]] = {
 }
 
 MODES = ("script", "best")
-LUCIDRAINS_MULTS = {(1, 2, 3, 4): (1, 2, 3, 6)}  # where its network is about as large as ours: 86.5M beside 92.0M parameters
+LUCIDRAINS_MULTS: dict[tuple[int, ...], tuple[int, ...]] = {(1, 2, 3, 4): (1, 2, 3, 6)}  # as large as ours: 86.5M beside 92.0M
 
 
 def diffusers_unet(s: Settings) -> Any:

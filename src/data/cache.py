@@ -4,21 +4,24 @@ import errno
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
 import time
 import warnings
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import suppress
+from collections import defaultdict, deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from src.data.decode import PictureNote, to_uint8
@@ -26,6 +29,7 @@ from src.utils import UserError, atomic_file, reading, writing
 
 FORMAT = 2  # of the cache file and of to_uint8; count up when either changes, and caches are made again
 CHUNK = 64  # images that a worker decodes and hands over at a time
+TASK: list[Any] = []  # of a process that decodes, see become_worker
 ABANDONED = 600  # seconds without a write after which a half-made cache is left over from a killed run
 
 
@@ -100,76 +104,85 @@ def cpu_cores() -> int:
 # --- decoding -------------------------------------------------------------------------------------------
 
 
-class Chunks(Dataset):
-    """Chunk i of a dataset, decoded: uint8 [K, 3, S, S], int64 [K], notes (file, what), and a sentence for each fault.
+def decode_chunk(dataset: Any, image_size: int, chunk: int) -> tuple[np.ndarray, np.ndarray, list[tuple[str, str]], list[str]]:
+    """Chunk number `chunk`: uint8 [K, 3, S, S], int64 [K], notes (file, what), and a sentence for each fault.
 
-    Sentences, because an exception would leave a worker process as a traceback. numpy arrays, because tensors would travel
-    through /dev/shm, of which containers often have 64 MB.
+    Sentences, because an exception would end the work at the first damaged picture.
     """
-
-    def __init__(self, dataset: Any, image_size: int):
-        self.dataset, self.image_size = dataset, image_size
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.dataset) / CHUNK)
-
-    def __getitem__(self, chunk: int) -> tuple[np.ndarray, np.ndarray, list[tuple[str, str]], list[str]]:
-        indices = range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(self.dataset)))
-        images = np.zeros((len(indices), 3, self.image_size, self.image_size), dtype=np.uint8)
-        labels, faults = np.zeros(len(indices), dtype=np.int64), []
-        with warnings.catch_warnings(record=True) as warned:  # Pillow has warnings too; they are not for the user
-            warnings.simplefilter("always")
-            for i, index in enumerate(indices):
-                try:
-                    image, labels[i] = self.dataset[index]
-                    images[i] = to_uint8(image, self.image_size)
-                except UserError as error:
-                    faults.append(str(error))
-                except OSError as error:  # of a dataset that is not ours
-                    faults.append(f"Image {index} of the dataset cannot be read: {error}.")
-        return images, labels, [w.message.args for w in warned if isinstance(w.message, PictureNote)], faults
+    indices = range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(dataset)))
+    images = np.zeros((len(indices), 3, image_size, image_size), dtype=np.uint8)
+    labels, faults = np.zeros(len(indices), dtype=np.int64), []
+    with warnings.catch_warnings(record=True) as warned:  # Pillow has warnings too; they are not for the user
+        warnings.simplefilter("always")
+        for i, index in enumerate(indices):
+            try:
+                image, labels[i] = dataset[index]
+                images[i] = to_uint8(image, image_size)
+            except UserError as error:
+                faults.append(str(error))
+            except OSError as error:  # of a dataset that is not ours
+                faults.append(f"Image {index} of the dataset cannot be read: {error}.")
+    return images, labels, [w.message.args for w in warned if isinstance(w.message, PictureNote)], faults
 
 
-def as_it_is(chunk):
-    """For DataLoader, which would turn arrays into tensors. It has a name so that it can be pickled under spawn."""
-    return chunk
+def become_worker(*task: Any) -> None:
+    """Make this process one that decodes chunks of `task`: (dataset, image_size). It ends with its parent, even by SIGKILL."""
+    TASK[:] = task
+    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal sends Ctrl-C, and SLURM SIGTERM, to the workers too
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    Thread(target=end_with_parent, daemon=True).start()
 
 
-def end_quietly(worker: int) -> None:
-    """SIGTERM to the whole group, as SLURM sends it, reaches the workers too. torch would print a traceback for each."""
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+def end_with_parent() -> None:
+    multiprocessing.parent_process().join()  # type: ignore[union-attr]  # None in the main process alone
+    os._exit(1)
 
 
-def decoded(dataset: Any, image_size: int, num_workers: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The chunks of a dataset in order, with a progress bar. Raises UserError that names all images that cannot be decoded."""
-    chunks = Chunks(dataset, image_size)
-    workers = min(cpu_cores() if num_workers < 0 else num_workers, len(chunks))
-    loader = DataLoader(
-        chunks,
-        batch_size=None,
-        num_workers=workers if workers > 1 else 0,
-        collate_fn=as_it_is,
-        worker_init_fn=end_quietly,
-        generator=torch.Generator(),  # else DataLoader draws a seed, and a run would depend on whether the cache was there
-    )
-    faults: list[str] = []
-    files: dict[str, list[str]] = defaultdict(list)  # by what is to be noted of them
+def in_worker(chunk: int) -> tuple:
+    dataset, image_size = TASK
+    return decode_chunk(dataset, image_size, chunk)
+
+
+def chunks(dataset: Any, image_size: int, num_workers: int) -> Generator[tuple, None, None]:
+    """What decode_chunk gives, for all chunks in order. The workers are at most a few chunks ahead of whoever reads."""
+    count = math.ceil(len(dataset) / CHUNK)
+    workers = min(cpu_cores() if num_workers < 0 else num_workers, count)
+    if workers <= 1:
+        yield from (decode_chunk(dataset, image_size, chunk) for chunk in range(count))
+        return
+    pool = ProcessPoolExecutor(workers, initializer=become_worker, initargs=(dataset, image_size))
     try:
-        with tqdm(total=len(dataset), desc="decoding", unit=" images", unit_scale=True, disable=None) as bar:
-            for images, labels, notes, new_faults in loader:
-                faults += new_faults
-                for file, what in notes:
-                    files[what].append(file)
-                if not faults:
-                    yield images, labels
-                bar.update(len(labels))
-    except (RuntimeError, OSError) as error:
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-            raise
+        ahead: deque[Future] = deque()
+        for chunk in range(count):
+            ahead.append(pool.submit(in_worker, chunk))
+            if len(ahead) > 2 * workers:
+                yield ahead.popleft().result()
+        yield from (future.result() for future in ahead)
+    except (BrokenProcessPool, BlockingIOError) as error:
         raise UserError(
             "A process that decodes images was killed or could not start, perhaps for lack of memory. "
             "Try fewer with --num_workers, 0 for none."
         ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def decoded(dataset: Any, image_size: int, num_workers: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The chunks of a dataset in order, with a progress bar. Raises UserError that names all images that cannot be decoded."""
+    faults: list[str] = []
+    files: dict[str, list[str]] = defaultdict(list)  # by what is to be noted of them
+    with (
+        tqdm(total=len(dataset), desc="decoding", unit=" images", unit_scale=True, disable=None) as bar,
+        closing(chunks(dataset, image_size, num_workers)) as results,
+    ):
+        for images, labels, notes, new_faults in results:
+            faults += new_faults
+            for file, what in notes:
+                files[what].append(file)
+            if not faults:
+                yield images, labels
+            bar.update(len(labels))
     if faults:  # all at once: whoever fixes one and starts again should not meet the next
         more = [f"... and {len(faults) - 20:,} more."] if len(faults) > 20 else []
         raise UserError("\n".join(faults[:20] + more))

@@ -292,7 +292,7 @@ def overflow_in_preview(run):
         OVERFLOW + "from src.diffusion import GaussianDiffusion as D; D.eps_losses = D.training_losses"
     ).wait()
     kept(run, before)
-    assert not run.files("*.png")
+    assert list(run.files("*.png")) == ["outputs/samples/epoch_001.png"]  # of the run before
     return process
 
 
@@ -419,16 +419,17 @@ def no_permission_for_pictures(run, trained):
 
 
 def damaged(run: Runner, change: Callable[[bytes], bytes], trained: Runner) -> Process:
-    """A run that meets a changed latest.pth and goes on from its predecessor to the same end."""
+    """A run that meets a changed latest.pth and goes on from the newest that loads to the same end."""
     run.train(max_steps=10)
     run.train(max_steps=13)
     latest = run.folder / "checkpoints" / "latest.pth"
     latest.write_bytes(change(latest.read_bytes()))
     process = run.start_train().wait()
-    assert "Going on from checkpoints/latest.previous.pth, step 10" in process.err
+    assert "Going on from checkpoints/best.pth, step 13" in process.err
     assert latest.with_name("latest.damaged").exists()
     assert differences(run.state(), trained.state()) == []
-    assert run.scalars() == trained.scalars()
+    curves = {tag: [point for point in curve if point[0] != 13] for tag, curve in run.scalars().items()}
+    assert curves == trained.scalars()  # but for the loss that ended the first run
     return process
 
 
@@ -538,11 +539,10 @@ src.runtime.build.UNet = OtherUNet
 def folders_of_another_run(run):
     run.train(max_steps=1)
     before = run.files("*")
-    process = run.start_train(CHECKPOINT_PATH="checkpoints/mine").wait()
-    assert {
-        name: data for name, data in run.files("*").items() if name in before and "std" not in name
-    }.items() <= before.items()
     run.train(RUN="mine", max_steps=1)  # the command that works
+    process = run.start_train(CHECKPOINT_PATH="checkpoints/other").wait()
+    after = run.files("*")
+    assert all(after[name] == data for name, data in before.items() if "std" not in name)
     return process
 
 
@@ -554,7 +554,8 @@ def other_network(run, trained):
 @fault("Data with other classes")
 def other_classes(run, trained):
     state = trained.state() | {"classes": ["cat", "dog"], "class_ids": ["cat", "dog"]}
-    return met_at_start(run, as_bytes(state))
+    state["config"] = state["config"] | {"CLASS_CONDITIONAL": True}  # else its classes do not matter
+    return met_at_start(run, as_bytes(state), CLASS_CONDITIONAL=True)
 
 
 @fault("No checkpoint to draw from")
@@ -930,7 +931,7 @@ def test_a_step_that_is_not_finite_leaves_the_state_before_it(run):
     whole.train(max_steps=13)
     process = bad.start_train(INFINITE, SAVE_MINUTES=1e-9).wait()
     assert process.code == 1 and "step 14 is not finite" in process.err
-    assert differences(bad.state(), whole.state()) == []
+    assert set(differences(bad.state(), whole.state())) <= {"last_step", "best_loss"}  # the end that was aimed at, and its loss
 
 
 def test_a_not_finite_loss_before_the_first_save_says_that_there_is_none(run):
@@ -983,4 +984,4 @@ def test_a_cache_on_a_read_only_disk_is_read(run):
         run.train(max_steps=1, CACHE_PATH="cache")
         subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
         run.train(max_steps=2, CACHE_PATH="cache")
-        assert "Read-only file system" in run.train(CACHE_PATH="cache", IMAGE_SIZE=16, CHECKPOINT_PATH="other", code=1).err
+        assert "Read-only file system" in run.train(CACHE_PATH="cache", IMAGE_SIZE=16, RUN="other", code=1).err
