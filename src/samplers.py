@@ -1,4 +1,5 @@
-"""From noise to images: each sampler is one function that reads like its paper, and one entry in SAMPLERS.
+"""From noise to images: each sampler is one function that reads like its paper, and one entry in SAMPLERS. At the end, which
+steps t a sampler takes where it takes fewer than all: SPACINGS.
 
 A sampler is a generator. sampler(x_T, path, predict_x_0, noise, eta) yields (x_s, x_0) after each step: the image that it
 moved to, and the clean image predicted on the way. The last x_s is the result. It receives
@@ -94,3 +95,25 @@ SAMPLERS: dict[str, Callable[..., Trajectory]] = {
     "ddim": ddim,
     "dpm++": dpm_solver_pp,
 }
+
+
+def even(abar: Tensor, steps: int) -> list[int]:
+    """Evenly spaced in t (the "trailing" spacing of Lin et al. 2023, arXiv:2305.08891, sec. 3.3)."""
+    return [round(len(abar) * (1 - i / steps)) - 1 for i in range(steps)]
+
+
+def logsnr(abar: Tensor, steps: int) -> list[int]:
+    """Evenly spaced in the log-SNR, from noise 50 times as strong as the signal to 0.02, which stands for the clean image.
+    The ends are cut because the cosine schedule has a third of its log-SNR in its last three t. docs/performance.md shows
+    what it gains over `even`, with every sampler."""
+    log_noise = (1 / abar - 1).log() / 2  # ln(sigma / signal) at each t
+    times = [len(abar) - 1]
+    for i in range(1, steps):
+        aim = math.log(50) + math.log(0.02 / 50) * i / steps
+        nearest = int((log_noise - aim).abs().argmin())
+        times.append(max(steps - 1 - i, min(times[-1] - 1, nearest)))  # each t once: none is left out if all are wanted
+    return times
+
+
+# name -> function of (abar [T] float64, steps 1 to T) that gives the t of each step, falling, from T - 1.
+SPACINGS: dict[str, Callable[[Tensor, int], list[int]]] = {"logsnr": logsnr, "even": even}

@@ -97,7 +97,7 @@ class Evaluation:
     def drawing(self) -> dict[str, Any]:
         """How pictures are drawn, for the protocol."""
         pipeline = self.pipeline
-        options = {"sampler": pipeline.sampler, "steps": pipeline.steps}
+        options = {"sampler": pipeline.sampler, "steps": pipeline.steps, "spacing": pipeline.spacing}
         if pipeline.sampler == "ddim":
             options["eta"] = pipeline.eta
         if pipeline.labels is not None:

@@ -20,7 +20,7 @@ from src.runtime.device import InPrecision, pick_device, pick_precision, place, 
 from src.runtime.distributed import World
 from src.runtime.flags import PATH, RUN, Kind, choice, number, whole
 from src.runtime.settings import KINDS
-from src.samplers import SAMPLERS, Noise
+from src.samplers import SAMPLERS, SPACINGS, Noise
 from src.utils import FlagError, count, grid, to_uint8
 
 DEFAULT_STEPS = {"ddim": 50, "dpm++": 20}  # ddpm takes all that the model was trained with
@@ -42,6 +42,12 @@ def add_drawing_flags(group: Any) -> None:
     flags: list[tuple[str, Kind, Any, str]] = [
         ("--sampler", choice(*SAMPLERS), "dpm++", f"{', '.join(SAMPLERS)} (default: dpm++)"),
         ("--steps", whole(1, 100_000), None, "network calls per picture (default: all for ddpm, 50 for ddim, 20 for dpm++)"),
+        (
+            "--spacing",
+            choice(*SPACINGS),
+            "logsnr",
+            "which steps: even in the log-SNR, or in t (default: logsnr)",
+        ),
         ("--eta", number(0, 1), 0.0, "randomness of ddim, 0 none, 1 as much as ddpm (default: 0)"),
         ("--weights", choice("ema", "raw"), "ema", "the running average of the weights, or the raw ones (default: ema)"),
         ("--batch_size", whole(1, 100_000), 64, "pictures drawn at a time; changes none of them (default: 64)"),
@@ -127,7 +133,7 @@ class Pipeline:
             self.network = torch.compile(self.network)
         self.diffusion = build_diffusion(s).to(self.device)
         self.shape = (3, s.IMAGE_SIZE, s.IMAGE_SIZE)
-        self.sampler, self.eta, self.guidance = flags.sampler, flags.eta, flags.guidance
+        self.sampler, self.spacing, self.eta, self.guidance = flags.sampler, flags.spacing, flags.eta, flags.guidance
 
     def label(self, index: int) -> int | None:
         """The class of picture number `index`: the classes in turn."""
@@ -142,6 +148,7 @@ class Pipeline:
         for weight in self.weights.values():
             digest.update(weight.contiguous().flatten().view(torch.uint8).numpy().data)
         about = {"weights": digest.hexdigest()[:16], "sampler": self.sampler, "steps": self.steps, "eta": self.eta}
+        about |= {"spacing": self.spacing}
         return about | ({"guidance": self.guidance, "classes": self.labels} if self.labels else {})
 
     def seconds_per_call(self, pictures: int, batch_size: int) -> float:
@@ -191,7 +198,7 @@ class Pipeline:
     @torch.no_grad()
     def draw(self, noise: Noise, y: Tensor | None, network: Model, bar: tqdm, frames: list | None = None) -> Tensor:
         """One batch from noise(0), [B, 3, S, S], as uint8."""
-        path, denoiser = self.diffusion.path(self.steps), self.diffusion.denoiser(network, y, self.guidance)
+        path, denoiser = self.diffusion.path(self.steps, self.spacing), self.diffusion.denoiser(network, y, self.guidance)
         every = -(-self.steps // GIF_FRAMES)
         for k, (x, x_0) in enumerate(
             self.diffusion.trajectory(self.sampler, noise(0), path, denoiser, noise, self.eta), start=1

@@ -10,6 +10,7 @@ steps.
 import hashlib
 import json
 import lzma
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -36,13 +37,13 @@ RUNS = {
 }
 DRAWINGS = {
     "ddpm": "--sampler ddpm --steps 50",
-    "ddpm in 7 steps": "--sampler ddpm --steps 7",
+    "ddpm in 7 steps": "--sampler ddpm --steps 7 --spacing even",
     "ddpm-beta": "--sampler ddpm-beta --steps 50",
-    "ddim": "--sampler ddim --steps 5",
-    "ddim with eta": "--sampler ddim --steps 5 --eta 0.5",
-    "dpm++": "--sampler dpm++ --steps 5",
-    "guidance": "--sampler dpm++ --steps 5 --guidance 2.5 --classes 1,3",
-    "raw": "--sampler dpm++ --steps 5 --weights raw",
+    "ddim": "--sampler ddim --steps 5 --spacing even",
+    "ddim with eta": "--sampler ddim --steps 5 --spacing even --eta 0.5",
+    "dpm++": "--sampler dpm++ --steps 5 --spacing even",
+    "guidance": "--sampler dpm++ --steps 5 --spacing even --guidance 2.5 --classes 1,3",
+    "raw": "--sampler dpm++ --steps 5 --spacing even --weights raw",
 }
 # Words behind `python train.py` or sample.py; the exit code; what its sentence must name.
 REFUSALS = [
@@ -142,7 +143,7 @@ def record(zygote: Zygote, folder: Path) -> dict[str, Any]:
         )
         facts["pictures"][name] = pixels(run.folder / name)
     facts["figures"]["classes"] = figures(
-        run, "--checkpoint", "checkpoints/best.pth", "--loss", "--nll", "--exact", "--nearest", 2, "--num_samples", 2
+        run, *shlex.split("--checkpoint checkpoints/best.pth --loss --nll --exact --nearest 2 --num_samples 2 --spacing even")
     )
     (a, b), shapes = (folder / "a", folder / "b"), sorted(pictures.rglob("*.png"))
     for target, some in ((a, shapes[::2]), (b, shapes[1::2])):
