@@ -14,6 +14,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from src.evaluation.report import Evaluation, say
 from src.runtime.build import build_validation
 from src.runtime.distributed import World
 from src.runtime.flags import PATH, TRUTH, FlagParser, Kind, number, text, whole
-from src.runtime.pipeline import add_drawing_flags, check_drawing_flags, duration
+from src.runtime.pipeline import add_checkpoint_flags, add_drawing_flags, check_drawing_flags, checkpoint_of, duration
 from src.runtime.settings import KINDS
 from src.runtime.signals import StopRequest, run_script
 from src.utils import FlagError, UserError
@@ -51,7 +52,6 @@ def read_flags(argv: Sequence[str]) -> Namespace:
     names = text("names, ids or indices, separated by commas, or all", r".*\S.*", "NAMES")
     Flags = list[tuple[str, Kind, Any, str]]
     what: Flags = [
-        ("--checkpoint", PATH, "checkpoints/best.pth", "the checkpoint to measure (default: checkpoints/best.pth)"),
         ("--fid", TRUTH, False, "FID, KID, Inception Score, precision and recall of drawn pictures"),
         ("--nll", TRUTH, False, "the variational bound on validation pictures, in bits per dimension"),
         ("--loss", TRUTH, False, "the validation loss of train.py, and the loss of the noise by t"),
@@ -75,8 +75,7 @@ def read_flags(argv: Sequence[str]) -> Namespace:
         ("--exact", TRUTH, False, "every step t for each picture instead"),
     ]
     where: Flags = [
-        ("--output_dir", PATH, "outputs/evaluation",
-         "folder of the JSON with figures and protocol (default: outputs/evaluation)"),
+        ("--output_dir", PATH, None, "folder of the JSON with figures and protocol (default: outputs/[NAME/]evaluation)"),
         ("--npz", TRUTH, False, "also the drawn pictures, as arr_0, uint8 [N, H, W, 3]"),
         ("--data_path", PATH, None, "where the checkpoint's dataset is (default: DATA_PATH of the checkpoint)"),
         ("--cache_path", PATH, None, "where decoded pictures and features are kept (default: CACHE_PATH of the checkpoint)"),
@@ -91,12 +90,16 @@ def read_flags(argv: Sequence[str]) -> Namespace:
     }
     for title, listed in groups.items():
         group = parser.add_argument_group(title)
+        if title == "what to measure":
+            add_checkpoint_flags(group)
         for flag, kind, default, comment in listed:
             group.add_argument(flag, **kind, default=default, help=comment)
         if title == "how":
             add_drawing_flags(group)
     flags = parser.parse(argv)
     flags.command = shlex.join(["python", "evaluate.py", *argv])
+    flags.checkpoint = checkpoint_of(flags)
+    flags.output_dir = flags.output_dir or str(Path("outputs", flags.run, "evaluation"))
     flags.fid = flags.fid or not (flags.nll or flags.loss or flags.nearest)
     check_flags(flags)
     return flags

@@ -147,7 +147,7 @@ def test_the_sampler_example_draws_and_is_nearer_to_the_truth_than_a_method_of_f
     """
     heun, ddim = map(float, re.search(r"errors (\S+) (\S+)", execute(copy, program)).groups())
     assert heun < 0.01 and heun < 0.6 * ddim
-    assert (copy / "outputs" / "pictures" / "000001.png").exists()
+    assert (copy / "outputs" / "pictures" / "001" / "images" / "000001.png").exists()
 
 
 def test_the_schedule_example_ends_in_noise_and_trains(copy):

@@ -113,7 +113,7 @@ class Evaluation:
         """A TensorBoard curve over t, in a folder of this call alone, so that two evaluations are two curves."""
         from src.runtime.monitor import EventFile  # here, because --help needs no TensorBoard
 
-        folder = Path(self.settings.LOG_PATH) / "evaluate" / self.out.stem
+        folder = self.settings.folder("LOG_PATH") / "evaluate" / self.out.stem
         with optional(folder, "--log_path"):
             events = EventFile(folder)
             for t, value in points:

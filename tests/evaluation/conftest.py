@@ -58,7 +58,7 @@ class Tiny:
         parts = {"model": model, "ema": EMA(model, 0.9).model, "optimizer": build_optimizer(self.settings, model)}
         parts |= {"scaler": torch.amp.GradScaler("cpu", enabled=False), "meter": Meter(30, CPU)}
         about = SimpleNamespace(classes=list(classes), class_ids=list(classes))
-        Checkpoints(settings or self.settings, World(), about, Progress(7, 1), parts, None).save(name)
+        Checkpoints(settings or self.settings, World(), about, 7, Progress(7, 1), parts, None).save(name)
         return self.root / f"{name}.pth"
 
     def words(self, *words: str) -> list[str]:

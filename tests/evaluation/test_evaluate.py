@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import evaluate
 import train
 from src.dataset import DeviceImages
-from src.runtime.build import build_diffusion, open_images
+from src.runtime.build import build_diffusion, build_validation, open_images
 from src.runtime.distributed import World
 from src.runtime.pipeline import Pipeline
 from tests.evaluation.conftest import random_pictures, write_folder
@@ -76,8 +76,8 @@ def test_exact_and_drawn_bounds_agree_and_terms_add_up(tiny, tmp_path):
 
 def test_the_loss_is_the_one_that_train_logs(tiny, tmp_path):
     s, loss = tiny.settings, tiny.call("--loss", "--log_path", tmp_path).loss
-    images, diffusion = DeviceImages(open_images(s, "val"), "cpu"), build_diffusion(s)
-    logged = train.validate(s, World(), diffusion, tiny.model.eval(), images)
+    batches, diffusion = build_validation(s, DeviceImages(open_images(s, "val"), "cpu")), build_diffusion(s)
+    logged = train.validate(World(), diffusion, tiny.model.eval(), batches)
     assert loss["held_out"] == pytest.approx(logged, rel=1e-6)  # another memory layout
     bins = loss["by_t"]
     assert [row["t_to"] for row in bins] == [row["t_from"] - 1 for row in bins[1:]] + [29] and bins[0]["t_from"] == 0

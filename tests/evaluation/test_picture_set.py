@@ -46,7 +46,7 @@ def test_a_name_that_is_no_utf_8_is_a_name(tmp_path):
     [
         ("nowhere", "is not there; expected train, val, a folder of pictures or an .npz file."),
         ("file.txt", "is a file, but no .npz; expected"),
-        ("empty", "holds no pictures, only 1 .txt. Pictures end in .jpg"),
+        ("empty", "holds no pictures, only 1 .txt (notes.txt). Pictures that are read end in .jpg"),
         ("mixed", "/0004.png is 32x32, the first picture 16x16"),
         ("broken.npz", "cannot be read as an .npz (File is not a zip file)"),
         ("empty.npz", "cannot be read as an .npz (No data left in file)"),
@@ -89,6 +89,6 @@ def test_a_damaged_picture_is_named_once_and_a_fault_of_reading_is_told_as_one(t
     def fail(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("src.evaluation.picture_set.folders_below", fail)
+    monkeypatch.setattr("src.evaluation.picture_set.find_pictures", fail)
     with pytest.raises(UserError, match=r"Cannot read .*set: Permission denied\. .*--samples"):
         read_set(folder, "--samples")
