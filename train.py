@@ -14,6 +14,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -25,12 +26,12 @@ from src.dataset import DATASETS, Batch, DeviceImages, Images, ValidationBatches
 from src.diffusion import GaussianDiffusion
 from src.ema import EMA
 from src.runtime.build import build_batches, build_diffusion, build_model, build_optimizer, build_validation, open_images
-from src.runtime.checkpoint import Checkpoints, Progress, check_length, check_resume, find_latest, load_checkpoint
+from src.runtime.checkpoint import TO_DRAW, Checkpoints, Progress, check_length, check_resume, find_latest, load_checkpoint
 from src.runtime.device import InPrecision, describe, memory_advice, pick_device, pick_precision, place, should_compile
 from src.runtime.distributed import World
 from src.runtime.folders import FolderLock, claim
 from src.runtime.monitor import Meter, Monitor, print_plan, print_summary
-from src.runtime.settings import Run, Settings, resolve
+from src.runtime.settings import Run, Settings, as_flags, differences, resolve
 from src.runtime.signals import StopRequest, run_script
 from src.utils import UserError, grid, labelled_sheet, make_folder, save_png, to_uint8, writing
 
@@ -46,7 +47,7 @@ def train(run: Run, world: World, stop: StopRequest) -> None:
         saved, images, val_images = open_data(run, world)
     model = place(build_model(s, len(images.classes)).train(), device, dtype)
     if run.init_from and not saved:
-        start_from(run.init_from, model)
+        start_from(run.init_from, s, model)
     ema, diffusion = EMA(model, s.EMA_DECAY), build_diffusion(s).to(device)
     optimizer, scaler = build_optimizer(s, model), torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     batches = build_batches(s, DeviceImages(images, device), world)
@@ -121,6 +122,8 @@ def open_data(run: Run, world: World) -> tuple[dict | None, Images, Images]:
         saved = find_latest(folder)
         if saved:
             check_resume(saved["config"], s, run.accept_changes)
+        elif run.init_from:
+            load_checkpoint(Path(run.init_from), TO_DRAW, mmap=True)  # refused here, before data are fetched
         for name in ("OUTPUT_PATH", "LOG_PATH"):
             make_folder(s.folder(name), f"--{name.lower()}")
             claim(s.folder(name), folder, saved is not None)
@@ -132,15 +135,23 @@ def open_data(run: Run, world: World) -> tuple[dict | None, Images, Images]:
     return saved, images, val_images
 
 
-def start_from(path: str, model: nn.Module) -> None:
-    """Take the averaged weights of a checkpoint where names and shapes agree. Raises UserError if none do."""
-    own, theirs = model.state_dict(), load_checkpoint(Path(path), ("ema",))["ema"]
-    taken = {name: weight for name, weight in theirs.items() if name in own and own[name].shape == weight.shape}
-    if not taken:
-        raise UserError(f"--init_from: no weight of {path} fits this network. Give its own --unet_dim, --dim_mults and so on.")
+def start_from(path: str, s: Settings, model: nn.Module) -> None:
+    """Take the averaged weights of a checkpoint where names and shapes agree, and say which. Raises UserError if few do."""
+    state, own = load_checkpoint(Path(path), TO_DRAW), model.state_dict()
+    taken = {name: weight for name, weight in state["ema"].items() if name in own and own[name].shape == weight.shape}
+    changed = {name: old for name, old, _ in differences(asdict(state["config"]), asdict(s))}
+    if 2 * len(taken) < len(own):
+        shape = {name: old for name, old in changed.items() if name in ("UNET_DIM", "DIM_MULTS", "NUM_RES_BLOCKS")}
+        raise UserError(
+            f"--init_from: {len(taken)} of this network's {len(own)} tensors have their shape in {path}, at least half are "
+            f"needed. Give its own settings: {as_flags(shape)}."
+        )
     model.load_state_dict(own | taken)
-    anew = ", ".join(name for name in own if name not in taken) or "none"
-    print(f"weights   {len(taken)} of {len(own)} tensors from {path}; anew: {anew}")
+    anew = [name for name in own if name not in taken]
+    more = f" and {len(anew) - 5} more" if len(anew) > 5 else ""
+    print(f"weights    {len(taken)} of {len(own)} tensors from {path}; anew: {', '.join(anew[:5]) or 'none'}{more}")
+    for name in [name for name in ("PREDICTION", "BETA_SCHEDULE", "TIME_STEPS") if name in changed]:
+        print(f"Warning: {path} was trained with {as_flags({name: changed[name]})}, so its weights have to learn another task.")
 
 
 def stop_if_not_finite(s: Settings, meter: Meter, scaler: torch.amp.GradScaler, lr: float) -> None:

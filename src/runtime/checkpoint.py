@@ -22,7 +22,8 @@ from src.utils import UserError, atomic_file, flush_folder, reason, writing
 
 VERSION = 2  # of the layout. This program reads its own version and older ones.
 TO_DRAW = ("config", "classes", "class_ids", "ema")
-TO_RESUME = (*TO_DRAW, "step", "epoch", "best_loss", "model", "optimizer", "scaler", "meter")
+TO_TRAIN = ("model", "optimizer", "scaler", "meter")
+TO_RESUME = (*TO_DRAW, "step", "epoch", "best_loss", *TO_TRAIN)
 
 
 class CheckpointError(UserError):
@@ -111,9 +112,7 @@ def load_checkpoint(path: Path, needs: Collection[str] = TO_RESUME, mmap: bool =
     Raises CheckpointError with a sentence for each way in which the file may be wrong."""
     if not path.exists():
         found = ", ".join(shlex.quote(str(p)) for p in sorted(path.parent.glob("*.pth"))) or "none found there"
-        raise CheckpointError(
-            f"No checkpoint at {path}. Run 'python train.py' first, or pass --checkpoint with one of: {found}."
-        )
+        raise CheckpointError(f"No checkpoint at {path}. Run 'python train.py' first, or choose one of: {found}.")
     try:
         with open(path, "rb") as file:
             is_whole = zipfile.is_zipfile(file)  # torch writes zip files, whose index stands at the end
@@ -129,13 +128,21 @@ def load_checkpoint(path: Path, needs: Collection[str] = TO_RESUME, mmap: bool =
         raise CheckpointError(f"{path} holds Python objects, which could run code when opened; it is refused.") from None
     except (RuntimeError, EOFError, OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise DamagedCheckpoint(f"{path} is damaged ({str(error).splitlines()[0]}). Use another one.") from None
+    if isinstance(state, dict) and "ema" in state and "classes" in state:
+        state = {"version": 1, "class_ids": state["classes"]} | state  # for a file that was stripped by hand
     if not isinstance(state, dict) or not isinstance(state.get("version"), int):
         raise CheckpointError(f"{path} is a file of another program: it has no version of this one's. Use another one.")
     if state["version"] > VERSION:
         raise CheckpointError(
             f"{path} has format version {state['version']}, this program reads up to {VERSION}. Update it (git pull)."
         )
-    if missing := [name for name in needs if name not in state]:
+    missing = [name for name in needs if name not in state]
+    if missing and all(name in state for name in TO_DRAW):
+        advice = f"A new run can start from its weights: add --init_from {shlex.quote(str(path))} --run NAME"
+        if missing == ["model"]:
+            advice = "Leave out --weights raw"
+        raise CheckpointError(f"{path} holds only what drawing needs: it lacks {', '.join(missing)}. {advice}.")
+    if missing:
         raise CheckpointError(f"{path} lacks {', '.join(missing)}; another program wrote it. Use another one.")
     if state["version"] == 1:
         state |= {part: with_names_of_version_2(state[part]) for part in ("model", "ema") if part in state}
@@ -190,14 +197,16 @@ def find_latest(folder: Path) -> dict[str, Any] | None:
     elif not others:
         return None
 
-    steps = {}
+    steps, reasons = {}, [damage] if damage else []
     for path in others:
-        with contextlib.suppress(CheckpointError):
+        try:
             steps[path] = load_checkpoint(path, mmap=True)["step"]
+        except CheckpointError as error:
+            reasons.append(error)
     if not steps:
         raise CheckpointError(
-            f"No checkpoint in {folder} loads. {damage or ''} Restore one from a backup, or start anew under another name: "
-            f"--run NAME.".replace("  ", " ")
+            f"No checkpoint in {folder} loads. {reasons[0]} Restore one from a backup, or start anew under another name: "
+            f"--run NAME."
         )
     newest = max(steps, key=lambda path: (steps[path], path))
     if damage:

@@ -492,6 +492,12 @@ def of_another_program(run):
     return met_at_start(run, as_bytes({"state_dict": {"weight": torch.zeros(3)}}))
 
 
+@fault("A checkpoint without its optimizer")
+def of_weights_alone(run, trained):
+    state = trained.state()
+    return met_at_start(run, as_bytes({name: state[name] for name in ("ema", "config", "classes")}))
+
+
 @fault("A checkpoint of a newer format")
 def of_a_newer_format(run, trained):
     return met_at_start(run, as_bytes(trained.state() | {"version": 99}))

@@ -1,0 +1,227 @@
+"""Take a model elsewhere: `python export.py` writes a folder that Hugging Face diffusers opens, or the weights alone."""
+
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below ends without a traceback
+
+import io
+import json
+import math
+import re
+import shlex
+import sys
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from src.model import Attention, UNet, norm_groups
+from src.runtime.build import build_diffusion, build_model
+from src.runtime.checkpoint import FREE, TO_DRAW, TO_TRAIN, VERSION, load_checkpoint, load_weights
+from src.runtime.flags import PATH, TRUTH, FlagParser, choice
+from src.runtime.pipeline import add_checkpoint_flags, checkpoint_of
+from src.runtime.settings import Settings, as_text
+from src.runtime.signals import run_script
+from src.utils import UserError, atomic_file, writing
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Files = dict[str, bytes]  # content by path inside the output folder
+
+
+def read_flags(argv: Sequence[str]) -> Namespace:
+    """The flags, each checked by itself. Raises FlagError."""
+    parser = FlagParser(
+        "export.py",
+        usage="python export.py [--checkpoint PATH] [--output_dir PATH] [--weights_only] [--dtype WORD]",
+        description="Write the averaged weights of a checkpoint as a folder that diffusers opens, or alone.",
+    )
+    add_checkpoint_flags(parser)
+    parser.add_argument("--output_dir", **PATH, help="the folder to write (default: outputs/export)")
+    comment = "only weights.pth, a small checkpoint for sample.py, evaluate.py and train.py --init_from"
+    parser.add_argument("--weights_only", **TRUTH, default=False, help=comment)
+    parser.add_argument("--dtype", **choice(*DTYPES), default="fp32", help="of the weights: fp32, bf16, fp16 (default: fp32)")
+    return parser.parse(argv)
+
+
+# --- our U-Net as diffusers' UNet2DModel ------------------------------------------------------------------
+
+# Parts of our names, and what UNet2DModel calls them.
+NAMES = [
+    (r"^stem", "conv_in"), (r"^time_mlp\.0", "time_embedding.linear_1"), (r"^time_mlp\.2", "time_embedding.linear_2"),
+    (r"^head\.0", "conv_norm_out"), (r"^head\.2", "conv_out"), (r"^(down|up)\.", r"\1_blocks."),
+    (r"^middle\.(\d)\.block\.", r"mid_block.resnets.\1."), (r"^middle\.0\.attention\.", "mid_block.attentions.0."),
+    (r"\.blocks\.(\d+)\.block\.", r".resnets.\1."), (r"\.blocks\.(\d+)\.attention\.", r".attentions.\1."),
+    (r"\.(down|up)sample\.", r".\1samplers.0.conv."), (r"\.(norm|conv)_([12])\.", r".\1\2."),
+    (r"\.scale_shift\.", ".time_emb_proj."), (r"\.skip\.", ".conv_shortcut."),
+    (r"(attentions\.\d+)\.norm\.", r"\1.group_norm."), (r"\.out\.", ".to_out.0."),
+]  # fmt: skip
+
+
+def unet_config(s: Settings, model: UNet) -> dict[str, Any]:
+    """config.json of UNet2DModel, as far as it differs from its defaults. Raises UserError for a network it cannot express."""
+    layers = {(layer.qkv.in_features, layer.heads) for layer in model.modules() if isinstance(layer, Attention)}
+    head_dims = {dim // heads for dim, heads in layers}
+    are_single = all(heads == 1 for _, heads in layers)
+    if s.DIM_MULTS[0] != 1 or (len(head_dims) > 1 and not are_single):
+        raise UserError(
+            f"diffusers' UNet2DModel cannot express this network (UNET_DIM {s.UNET_DIM}, DIM_MULTS {as_text(s.DIM_MULTS)}, "
+            f"attention heads of {as_text(sorted(head_dims))} channels): DIM_MULTS must begin with 1, and all heads have the "
+            f"same width. Export the weights alone with --weights_only."
+        )
+    has_attention = [s.IMAGE_SIZE >> level in s.ATTENTION_RESOLUTIONS for level in range(len(s.DIM_MULTS))]
+    return {
+        "_class_name": "UNet2DModel",
+        "sample_size": s.IMAGE_SIZE,
+        "down_block_types": ["AttnDownBlock2D" if attention else "DownBlock2D" for attention in has_attention],
+        "up_block_types": ["AttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(has_attention)],
+        "block_out_channels": [s.UNET_DIM * mult for mult in s.DIM_MULTS],
+        "layers_per_block": s.NUM_RES_BLOCKS,
+        "attention_head_dim": None if are_single else head_dims.pop(),  # None: one head, as wide as the layer
+        "norm_num_groups": norm_groups(s.UNET_DIM),
+        "attn_norm_num_groups": norm_groups(s.UNET_DIM),  # without it the attention in the middle has no norm
+        "resnet_time_scale_shift": "scale_shift",
+        "num_class_embeds": model.num_classes + 1 if model.num_classes else None,  # the last row: no label
+        "dropout": s.DROPOUT,
+    }
+
+
+def unet_weights(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Our weights under the names of UNet2DModel."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        for pattern, replacement in NAMES:
+            name = re.sub(pattern, replacement, name)
+        parts = {name: tensor}
+        if ".qkv." in name:  # one layer here, three there
+            parts = {name.replace("qkv", f"to_{part}"): third for part, third in zip("qkv", tensor.chunk(3))}
+        found |= {part: third.to(dtype).contiguous() for part, third in parts.items()}  # a GPU run's may be channels_last
+    return found
+
+
+def scheduler_config(s: Settings) -> dict[str, Any]:
+    """The DDPMScheduler that draws as Alg. 2 does, with the variance beta_tilde."""
+    return {
+        "_class_name": "DDPMScheduler",
+        "num_train_timesteps": s.TIME_STEPS,
+        "trained_betas": build_diffusion(s).betas.tolist(),
+        "prediction_type": {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}[s.PREDICTION],
+        "variance_type": "fixed_small",
+        "clip_sample": True,
+        "clip_sample_range": 1.0,
+        "timestep_spacing": "trailing",
+    }
+
+
+# --- what is written --------------------------------------------------------------------------------------
+
+
+def diffusers_files(state: Mapping[str, Any], dtype: torch.dtype) -> Files:
+    """A folder for DDPMPipeline.from_pretrained, or with classes for UNet2DModel.from_pretrained. Raises UserError."""
+    try:
+        from safetensors.torch import save
+    except ModuleNotFoundError:
+        raise UserError(
+            "A folder for diffusers needs safetensors, which is not installed. Run 'pip install safetensors', or export the "
+            "weights alone with --weights_only."
+        ) from None
+    s: Settings = state["config"]
+    model = build_model(s, len(state["classes"]))
+    load_weights(model, state["ema"])
+    unet, scheduler = ("", "") if s.CLASS_CONDITIONAL else ("unet/", "scheduler/")
+    files = {
+        f"{unet}config.json": as_json(unet_config(s, model)),
+        f"{unet}diffusion_pytorch_model.safetensors": save(unet_weights(model.state_dict(), dtype), {"format": "pt"}),
+        f"{scheduler}scheduler_config.json": as_json(scheduler_config(s)),
+        "README.md": model_card(state, s).encode("utf-8", "replace"),
+    }
+    if not s.CLASS_CONDITIONAL:
+        parts = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDPMScheduler"]}
+        files["model_index.json"] = as_json({"_class_name": "DDPMPipeline"} | parts)
+    return files
+
+
+def weights_file(state: Mapping[str, Any], dtype: torch.dtype) -> Files:
+    """weights.pth: a checkpoint without what only training needs."""
+    kept = {name: value for name, value in state.items() if name not in TO_TRAIN}
+    kept |= {"version": VERSION, "config": asdict(state["config"])}
+    kept["ema"] = {name: tensor.to(dtype).contiguous() for name, tensor in state["ema"].items()}
+    torch.save(kept, buffer := io.BytesIO())
+    return {"weights.pth": buffer.getvalue()}
+
+
+def as_json(content: dict) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def model_card(state: Mapping[str, Any], s: Settings) -> str:
+    """README.md as the Hugging Face hub shows it."""
+    loss = state.get("best_loss", math.inf)
+    facts = {"optimizer steps": state.get("step", "not recorded"), "epochs": state.get("epoch", "not recorded")}
+    facts["lowest validation loss so far"] = f"{loss:.5f}" if math.isfinite(loss) else "not recorded"
+    facts |= {name: as_text(value) for name, value in asdict(s).items() if name not in FREE}
+    table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    code = f"""from diffusers import DDPMPipeline
+pipeline = DDPMPipeline.from_pretrained(".")  # this folder
+pipeline(num_inference_steps={s.TIME_STEPS}).images[0].save("picture.png")"""
+    classes = ""
+    if s.CLASS_CONDITIONAL:
+        classes = f"\nClasses, by label from 0: {', '.join(state['classes'])}. Label {len(state['classes'])} means no class.\n"
+        code = f"""import torch, torchvision
+from diffusers import DDPMScheduler, UNet2DModel
+unet, scheduler = UNet2DModel.from_pretrained("."), DDPMScheduler.from_pretrained(".")  # this folder
+scheduler.set_timesteps({s.TIME_STEPS})
+x, y = torch.randn(2, 3, {s.IMAGE_SIZE}, {s.IMAGE_SIZE}), torch.tensor([0, 1])  # noise, labels
+for t in scheduler.timesteps:
+    with torch.no_grad():
+        x = scheduler.step(unet(x, t, class_labels=y).sample, t, x).prev_sample
+torchvision.utils.save_image(x / 2 + 0.5, "pictures.png")"""
+    return f"""---
+library_name: diffusers
+tags: [ddpm, {"" if s.CLASS_CONDITIONAL else "un"}conditional-image-generation]
+---
+
+# A denoising diffusion model of {s.DATASET}, {s.IMAGE_SIZE}x{s.IMAGE_SIZE}
+
+The averaged weights (EMA) of a U-Net, trained as in Ho et al. 2020 (arXiv:2006.11239).
+{classes}
+```python
+{code}
+```
+
+| | |
+|---|---|
+{table}
+"""
+
+
+# --- the script -------------------------------------------------------------------------------------------
+
+
+def export(flags: Namespace) -> None:
+    """Write the files, or nothing at all where one of them is there already. Raises UserError."""
+    state = load_checkpoint(Path(checkpoint_of(flags)), TO_DRAW, mmap=True)
+    files = (weights_file if flags.weights_only else diffusers_files)(state, DTYPES[flags.dtype])
+    out = Path(flags.output_dir or Path("outputs", flags.run, "export"))
+    with writing(out, "--output_dir"):
+        if taken := [out / name for name in files if (out / name).exists()]:
+            raise UserError(f"{taken[0]} exists already. Remove it, or choose another folder with --output_dir.")
+        for name, content in files.items():
+            with atomic_file(out / name) as file:
+                file.write(content)
+    use = f"{out / 'README.md'} has the code that draws with diffusers"
+    if flags.weights_only:
+        use = f"Draw pictures with: python sample.py --checkpoint {shlex.quote(str(out / 'weights.pth'))}"
+    print(f"Done: {out}, {sum(map(len, files.values())) / 1e6:,.1f} MB. {use}")
+
+
+def main() -> int:
+    return run_script("export.py", lambda stop: export(read_flags(sys.argv[1:])), lambda: "Out of memory.", "Stopped at once.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
