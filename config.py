@@ -62,12 +62,16 @@ OUTPUT_PATH = "./outputs"  # folder of samples/epoch_005.png, ...
 LOG_PATH = "./logs/tensorboard"  # folder of the TensorBoard events
 
 PRESETS = {
-    # Shapes drawn by code, on two CPU cores in minutes: no download, no GPU.
+    # Shapes drawn by code, on two CPU cores in minutes: no download, no GPU. Chosen by trial (docs/performance.md).
     "demo": dict(
-        DATASET="shapes", IMAGE_SIZE=32, UNET_DIM=32, DIM_MULTS=(1, 2, 4), NUM_RES_BLOCKS=1, ATTENTION_RESOLUTIONS=(8,),
-        CLASS_CONDITIONAL=True, BETA_SCHEDULE="cosine", PREDICTION="v", BATCH_SIZE=16, LEARNING_RATE=1e-3, WARMUP_STEPS=100,
-        EPOCHS=3, EMA_DECAY=0.995, VAL_IMAGES=500, NUM_SAMPLES=40, SAMPLE_EVERY=1, SAVE_EVERY=3, LOG_EVERY=20,
-        RUN="demo",
+        DATASET="shapes", IMAGE_SIZE=24, UNET_DIM=16, DIM_MULTS=(1, 1, 2, 4), NUM_RES_BLOCKS=1, ATTENTION_RESOLUTIONS=(6,),
+        CLASS_CONDITIONAL=True, BETA_SCHEDULE="cosine", PREDICTION="v", BATCH_SIZE=16, LEARNING_RATE=4e-3,
+        LR_SCHEDULE="cosine", WARMUP_STEPS=100, EPOCHS=6, EMA_DECAY=0.99, VAL_IMAGES=500, NUM_SAMPLES=20, SAMPLE_EVERY=1,
+        LOG_EVERY=20, RUN="demo",
+    ),
+    # A folder of 100 to 1,000 pictures: many passes, and a warm-up, an average and saves that fit them (docs/performance.md).
+    "small": dict(
+        EPOCHS=1000, WARMUP_STEPS=200, EMA_DECAY=0.999, DROPOUT=0.1, LR_SCHEDULE="cosine", SAVE_EVERY=250, SAMPLE_EVERY=50,
     ),
     # One large GPU. The shape: 91M parameters as the default's, 34 GFLOP a picture instead of 61 (docs/performance.md).
     "h100": dict(BATCH_SIZE=256, LEARNING_RATE=2e-4, DIM_MULTS=(1, 1, 2, 3, 4)),
