@@ -48,11 +48,12 @@ SEED = 0  # of weights, data order, t and noise, 0 to 2^32 - 1; the same seed gi
 DEVICE = "auto"  # cuda, mps, cpu; auto takes the first of these that there is
 
 # --- what a run writes ------------------------------------------------------------------------------
-VAL_IMAGES = 2000  # held-out images whose loss is measured each epoch, at fixed t and noise; decides best.pth
+VAL_IMAGES = 2000  # held-out images whose loss is measured, at fixed t and noise; decides best.pth
 NUM_SAMPLES = 64  # pictures in the preview grid
 PREVIEW_STEPS = 20  # DPM-Solver++ steps of the preview grid, not TIME_STEPS, so that a look costs seconds
 PREVIEW_GUIDANCE = 3.0  # classifier-free guidance of the preview grid of a class-conditional run; 1 is off
-SAVE_EVERY = 10  # epochs between epoch_010.pth, epoch_020.pth, ...; latest.pth is written every epoch
+VAL_EVERY = 1  # epochs between validations, each with best.pth if it is the best so far, and latest.pth
+SAVE_EVERY = 10  # epochs between epoch_010.pth, epoch_020.pth, ...
 SAVE_MINUTES = 10.0  # minutes between further writes of latest.pth inside an epoch; 0 is off
 SAMPLE_EVERY = 5  # epochs between preview grids
 LOG_EVERY = 50  # optimizer steps between points in TensorBoard; the only times the loop waits for the GPU
@@ -71,7 +72,8 @@ PRESETS = {
     ),
     # A folder of 100 to 1,000 pictures: many passes, and a warm-up, an average and saves that fit them (docs/performance.md).
     "small": dict(
-        EPOCHS=1000, WARMUP_STEPS=200, EMA_DECAY=0.999, DROPOUT=0.1, LR_SCHEDULE="cosine", SAVE_EVERY=250, SAMPLE_EVERY=50,
+        EPOCHS=1000, WARMUP_STEPS=200, EMA_DECAY=0.999, DROPOUT=0.1, LR_SCHEDULE="cosine", VAL_EVERY=25, SAMPLE_EVERY=50,
+        SAVE_EVERY=250,
     ),
     # One large GPU. The shape: 91M parameters as the default's, 34 GFLOP a picture instead of 61 (docs/performance.md).
     "h100": dict(BATCH_SIZE=256, LEARNING_RATE=2e-4, DIM_MULTS=(1, 1, 2, 3, 4)),

@@ -85,20 +85,21 @@ def train(run: Run, world: World, stop: StopRequest) -> None:
             monitor.bar.update()
 
             # Every so often. Only here does the loop wait for the device.
-            ends_epoch, is_last = progress.step % batches.steps_per_epoch == 0, progress.step == last_step
+            is_last = progress.step == last_step
+            is_judged = is_last or progress.step % (s.VAL_EVERY * batches.steps_per_epoch) == 0
             wants_save = stop.signal is not None or checkpoints.is_due(s.SAVE_MINUTES)
             is_logged = progress.step % s.LOG_EVERY == 0
-            if not (ends_epoch or is_last or is_logged or device.type == "cpu" or (wants_save and world.size == 1)):
+            if not (is_judged or is_logged or device.type == "cpu" or (wants_save and world.size == 1)):
                 continue
             stop_if_not_finite(s, meter, scaler, lr)
-            must_save = ends_epoch or is_last or any(world.max(wants_save))
+            must_save = is_judged or any(world.max(wants_save))
             if must_save or is_logged:
                 meter.collect()
             if is_logged:
                 monitor.log(progress.step, meter.read() | {"optimizer/learning_rate": lr})
-            if ends_epoch or is_last:
-                progress.epoch = progress.step // batches.steps_per_epoch
-                judge(s, world, stop, monitor, diffusion, networks, val_batches, checkpoints, ends_epoch, is_last)
+            if is_judged:
+                progress.epoch, left = divmod(progress.step, batches.steps_per_epoch)
+                judge(s, world, stop, monitor, diffusion, networks, val_batches, checkpoints, left == 0, is_last)
             if must_save:
                 monitor.flush()  # else a kill would lose points that the resumed run does not draw again
                 checkpoints.save("latest")  # last: a run that was killed before this does again what came before
@@ -188,11 +189,16 @@ def judge(
 ) -> None:
     """The validation loss and best.pth; every SAMPLE_EVERY epochs a preview, every SAVE_EVERY a checkpoint to keep."""
     progress, step, epoch = checkpoints.progress, checkpoints.progress.step, checkpoints.progress.epoch
+
+    def is_due(every: int) -> bool:
+        """Whether a multiple of `every` epochs lies after the last validation."""
+        return epoch // every > (epoch - s.VAL_EVERY) // every
+
     with stop.postponed("validation"):
         val_loss = validate(world, diffusion, networks["ema"], monitor.track("validation", val_batches))
     monitor.scalars(step, {"loss/val": val_loss, "progress/epoch": epoch})
     monitor.say(f"epoch {epoch}, step {step:,}: validation loss {val_loss:.5f}")
-    if is_last or (ends_epoch and epoch % s.SAMPLE_EVERY == 0):
+    if is_last or is_due(s.SAMPLE_EVERY):
         with stop.postponed("preview"):
             sheets = {}
             for name, network in networks.items():
@@ -206,7 +212,7 @@ def judge(
     if val_loss < progress.best_loss:
         progress.best_loss = val_loss
         checkpoints.save("best")
-    if ends_epoch and (is_last or epoch % s.SAVE_EVERY == 0):
+    if ends_epoch and (is_last or is_due(s.SAVE_EVERY)):
         checkpoints.save(f"epoch_{epoch:03}")
 
 

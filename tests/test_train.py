@@ -1,6 +1,7 @@
 """What a run does and leaves behind: it learns, at the rate it says, and its files are the ones promised."""
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import config
 from src.dataset import DeviceImages
 from src.runtime.build import build_diffusion, build_model, build_validation, open_images
 from src.runtime.checkpoint import TO_RESUME, load_checkpoint
-from tests.runs import ROOT, differences
+from tests.runs import ROOT, differences, signal_at
 
 # --- learning -----------------------------------------------------------------------------------------
 
@@ -35,6 +36,42 @@ def test_the_learning_rate_rises_linearly_to_its_value_and_stays(run):
     run.train(EPOCHS=1, WARMUP_STEPS=4, LEARNING_RATE=1e-3, LOG_EVERY=1)
     rates = [rate for _, rate in run.scalars()["optimizer/learning_rate"]]
     assert rates == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3] + [1e-3] * 7)
+
+
+@pytest.mark.parametrize(
+    "schedule, share",
+    [
+        ("constant", lambda done: 1),
+        ("linear", lambda done: 0.01 + 0.99 * (1 - done)),
+        ("cosine", lambda done: 0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2),
+    ],
+)
+def test_the_learning_rate_decays_to_a_hundredth_in_the_last_step(run, schedule, share):
+    run.train(max_steps=10, WARMUP_STEPS=4, LEARNING_RATE=1e-3, LOG_EVERY=1, LR_SCHEDULE=schedule)
+    rates = [rate for _, rate in run.scalars()["optimizer/learning_rate"]]
+    assert rates[:4] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3])
+    assert rates[4:] == pytest.approx([1e-3 * share((k + 1) / 6) for k in range(6)])
+
+
+def test_a_decaying_run_goes_on_exactly_and_its_length_changes_only_on_demand(run):
+    """The rate of every step depends on the last one, so another length is another run."""
+    whole, parts = run.to("whole"), run.to("parts")
+    whole.train(LR_SCHEDULE="cosine", EPOCHS=2)
+    parts.train(signal_at(6, 0, "SIGTERM"), code=143, LR_SCHEDULE="cosine", EPOCHS=2)
+    parts.train(LR_SCHEDULE="cosine", EPOCHS=2)
+    assert differences(parts.state(), whole.state()) == []
+    assert parts.scalars()["optimizer/learning_rate"] == whole.scalars()["optimizer/learning_rate"]
+    refused = parts.train(LR_SCHEDULE="cosine", EPOCHS=3, code=1).err
+    assert "20" in refused and "30" in refused and "--accept_changes" in refused
+    parts.train(LR_SCHEDULE="cosine", EPOCHS=3, accept_changes=True)
+    assert parts.state()["step"] == 30
+
+
+def test_val_every_epochs_are_judged_drawn_and_kept_at_the_next_of_them(run):
+    run.train(EPOCHS=5, VAL_EVERY=2, SAMPLE_EVERY=3, SAVE_EVERY=3)
+    assert [step for step, _ in run.scalars()["loss/val"]] == [20, 40, 50]
+    assert {Path(name).name for name in run.files("*.png")} == {"epoch_004.png", "epoch_005.png"}
+    assert {"epoch_004.pth", "epoch_005.pth"} == {Path(name).name for name in run.files("epoch_*.pth")}
 
 
 def first_gradient(run, **settings):

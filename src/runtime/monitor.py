@@ -27,6 +27,7 @@ from src.runtime.distributed import World
 from src.runtime.settings import Run, Settings, as_text, changed_from_defaults
 from src.utils import count, writing
 
+FEW_STEPS = 2000  # fewer in all are warned about
 SECONDS_PER_LINE = 60  # between lines of progress where there is no terminal for a bar
 QUARTERS = ("1_least_noise", "2", "3", "4_most_noise")  # of [0, T)
 
@@ -222,6 +223,29 @@ def print_plan(
         "logs in": s.folder("LOG_PATH").resolve(),
     }.items():
         print(f"{title:<9} {text}", flush=True)
+    for warning in warnings_of(s, last_step, batches.steps_per_epoch):
+        print(f"Warning: {warning}", flush=True)
+
+
+def warnings_of(s: Settings, last_step: int, steps_per_epoch: int) -> list[str]:
+    """What makes a run fail in silence: one sentence each, with what to type instead."""
+    found = []
+    if last_step < FEW_STEPS:
+        found.append(
+            f"{count(last_step, 'step')} in all: most networks draw only noise before some thousands. "
+            f"Use --max_steps 10000, or for a folder of 100 to 1,000 pictures --preset small."
+        )
+    if last_step < 2 * s.WARMUP_STEPS:
+        found.append(
+            f"The warm-up of {s.WARMUP_STEPS:,} steps takes more than half of the run, so the learning rate hardly gets to "
+            f"work. Use --warmup_steps {last_step // 10}."
+        )
+    if s.VAL_EVERY * steps_per_epoch < FEW_STEPS / 20 and last_step > FEW_STEPS:
+        found.append(
+            f"A validation and a save after every {count(s.VAL_EVERY * steps_per_epoch, 'step')} may take longer than these. "
+            f"Use --val_every {-(-FEW_STEPS // (10 * steps_per_epoch))}."
+        )
+    return found
 
 
 def print_summary(s: Settings, step: int, last_step: int) -> None:

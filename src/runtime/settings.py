@@ -61,6 +61,7 @@ class Settings:
     NUM_SAMPLES: int = field(metadata=whole(1, 10_000))
     PREVIEW_STEPS: int = field(metadata=whole(1, 100_000))
     PREVIEW_GUIDANCE: float = field(default=1.0, metadata=number(0, 100))
+    VAL_EVERY: int = field(default=1, metadata=whole(1))
     SAVE_EVERY: int = field(metadata=whole(1))
     SAVE_MINUTES: float = field(metadata=number(0, 100_000))
     SAMPLE_EVERY: int = field(metadata=whole(1))

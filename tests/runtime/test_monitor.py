@@ -1,11 +1,13 @@
 """Means of the loss, and gradients that are not finite: they reach neither the means nor the weights."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
 
 import config
-from src.runtime.monitor import Meter
+from src.runtime.monitor import Meter, warnings_of
 from src.runtime.settings import resolve
 from src.utils import UserError
 from train import stop_if_not_finite
@@ -83,3 +85,24 @@ def test_means_leave_out_what_is_not_finite():
     }
     meter.add_norm(torch.tensor(torch.nan), 3)
     assert meter.read() == {}
+
+
+def resolved(words):
+    return resolve(config, ["--dataset", "shapes", *words.split()]).settings
+
+
+@pytest.mark.parametrize(
+    "words, last_step, steps_per_epoch, says",
+    [
+        ("", 100, 1, ["100 steps in all.*--max_steps 10000.*--preset small", "warm-up of 1,000 steps.*--warmup_steps 10"]),
+        ("--warmup_steps 0", 1, 1, ["1 step in all"]),
+        ("", 2100, 21, ["after every 21 steps.*--val_every 10"]),
+        ("", 1999, 1999, ["1,999 steps in all", "warm-up of 1,000 steps"]),
+        ("", 50_000, 6250, []),
+        ("--preset demo", 3750, 625, []),
+        ("--preset small", 18_000, 18, []),
+    ],
+)
+def test_a_run_that_cannot_work_is_warned_about_with_what_to_type(words, last_step, steps_per_epoch, says):
+    warnings = warnings_of(resolved(words), last_step, steps_per_epoch)
+    assert len(warnings) == len(says) and all(re.search(pattern, text) for pattern, text in zip(says, warnings))
