@@ -558,6 +558,27 @@ def other_classes(run, trained):
     return met_at_start(run, as_bytes(state), CLASS_CONDITIONAL=True)
 
 
+def half_of_the_pictures(run: Runner) -> dict[str, object]:
+    few = run.folder / "few"
+    shutil.copytree(run.pictures, few)
+    for path in sorted(few.rglob("*.png"))[::2]:
+        path.unlink()
+    return {"DATA_PATH": few, "CACHE_PATH": "cache"}
+
+
+@fault("Pictures were added, removed or edited since")
+def other_pictures(run, trained):
+    return met_at_start(run, as_bytes(trained.state()), **half_of_the_pictures(run))
+
+
+@fault("The same, with --accept_changes")
+def other_pictures_accepted(run):
+    run.train(max_steps=20)
+    process = run.start_train(accept_changes=True, EPOCHS=5, **half_of_the_pictures(run)).wait()
+    assert run.state()["step"] == run.state("best")["step"] == 25
+    return process
+
+
 @fault("No checkpoint to draw from")
 def no_checkpoint(run):
     return run.start("sample.py").wait()
