@@ -42,8 +42,8 @@ LR_SCHEDULE = "constant"  # after the warm-up: constant, or a cosine or linear d
 WARMUP_STEPS = 1000  # optimizer steps over which the learning rate rises linearly from 0; 0 is off (DDPM code: 5000)
 EPOCHS = 100  # passes over the training images, in all, resumed runs counted in
 GRAD_CLIP = 1.0  # largest L2 norm of the gradient (DDPM code); 0 is off
-EMA_DECAY = 0.9999  # of the weight average per step (DDPM, app. B), less early on: it trails by a tenth of the steps done, at
-    # most 10,000 (half-life 6931 steps), which holds from step 90,000 on; 0 follows the raw weights
+EMA_DECAY = 0.9999  # of the weight average per step (DDPM, app. B), less early on: it trails by a tenth of the steps done,
+    # from step 90,000 on by 10,000 (half-life 6931 steps); 0 follows the raw weights
 PRECISION = "auto"  # of the network: fp32, bf16, fp16; auto takes bf16 where the device computes in it, else fp32
 COMPILE = "auto"  # torch.compile the network: true, false; auto compiles on CUDA
 SEED = 0  # of weights, data order, t and noise, 0 to 2^32 - 1; the same seed gives the same run

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from urllib3.exceptions import InvalidHeader
 from urllib3.util import Retry
 
-from src.utils import UserError, writing
+from src.utils import UserError, count, writing
 
 try:
     import fcntl
@@ -64,11 +64,15 @@ def fetch(
                 if wait is None:
                     raise UserError(f"{url}: {why} {by_hand}") from error
                 if attempt == attempts or wait > LONGEST_WAIT:
-                    tries = f"{attempts} tries" if wait <= LONGEST_WAIT else f"it asks to wait {wait:,.0f} s"
-                    kept = f"The {have:,} bytes so far are kept: run the same command again to continue. " if have else ""
+                    tries = count(attempts, "try", "tries") if wait <= LONGEST_WAIT else f"it asks to wait {wait:,.0f} s"
+                    kept = (
+                        f"What has arrived, {count(have, 'byte')}, is kept: run the same command again to continue. "
+                        if have
+                        else ""
+                    )
                     raise UserError(f"{url}: {why} ({tries}). {kept}{by_hand}") from error
                 wait = max(wait, pause * 2 ** (attempt - 1))
-                print(f"{why} at {have:,} bytes; trying again in {wait:g} s", flush=True)
+                print(f"{why} at {count(have, 'byte')}; trying again in {wait:g} s", flush=True)
                 time.sleep(wait)
         digest = hashlib.md5(usedforsecurity=False)
         with open(part, "rb") as file:
@@ -130,7 +134,7 @@ def receive(url: str, part: Path, size: int, timeout: tuple[float, float], heade
                     have += file.write(block)
                     bar.update(len(block))
                     if size and have > size:
-                        raise Failed(f"the server sends more than the {size:,} bytes expected. {OTHER_FILE}", None)
+                        raise Failed(f"the server sends more than {count(size, 'byte')}, the size expected. {OTHER_FILE}", None)
                 file.flush()
                 os.fsync(file.fileno())
     except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
@@ -164,7 +168,7 @@ def begin(response: requests.Response, part: Path, have: int, size: int) -> tupl
         have, length = 0, response.headers.get("Content-Length", "")
     total = int(length) if length.isdigit() else 0
     if size and total and total != size:
-        raise Failed(f"the server offers {total:,} bytes, expected {size:,}; nothing was downloaded. {OTHER_FILE}", None)
+        raise Failed(f"the server offers {count(total, 'byte')}, expected {size:,}; nothing was downloaded. {OTHER_FILE}", None)
     return have, total
 
 

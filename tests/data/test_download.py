@@ -202,7 +202,7 @@ def test_a_wrong_checksum_names_both_and_removes_the_file(server, tmp_path):
         ("html", 0, "web page"),
         ("plain", 5, "offers 300,000 bytes, expected 5; nothing was downloaded"),
         ("lie", len(DATA), "offers 301,000 bytes, expected 300,000"),
-        ("no-length", 5, "more than the 5 bytes"),
+        ("no-length", 5, "more than 5 bytes, the size expected"),
     ],
 )
 def test_what_cannot_be_right_is_refused_at_once(server, tmp_path, way, size, says):
