@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from src.data.decode import PictureNote, to_uint8
-from src.utils import UserError, atomic_file, count, reading, writing
+from src.utils import UserError, atomic_file, count, printable, reading, writing
 
 FORMAT = 2  # of the cache file and of to_uint8; count up when either changes, and caches are made again
 CHUNK = 64  # images that a worker decodes and hands over at a time
@@ -228,11 +228,6 @@ def write_cache(cache: Path, dataset: Any, image_size: int, fingerprint: str, nu
             np.save(file, np.array(json.dumps(about)))
             if open_cache(cache, fingerprint)[0]:  # it may be mapped by then, on another machine or on Windows: leave it
                 raise Overtaken
-
-
-def printable(name: Any) -> str:
-    """A name that any file and terminal can hold: what is not UTF-8 in the name of a folder is spelled out."""
-    return str(name).encode("utf-8", "backslashreplace").decode()
 
 
 def open_cache(cache: Path, fingerprint: str) -> tuple[Images | None, str]:

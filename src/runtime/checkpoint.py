@@ -128,7 +128,8 @@ def load_checkpoint(path: Path, needs: Collection[str] = TO_RESUME, mmap: bool =
     try:
         if entry := zipfile.ZipFile(path).testzip():  # 1.5 GB take a second or two
             raise DamagedCheckpoint(f"{path} is damaged (wrong checksum of {entry}). Use another one.")
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        is_utf_8 = str(path).encode("utf-8", "ignore").decode() == str(path)  # torch maps no file of another name
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_utf_8)
     except pickle.UnpicklingError:
         raise CheckpointError(f"{path} holds Python objects, which could run code when opened; it is refused.") from None
     except (RuntimeError, EOFError, OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
