@@ -128,7 +128,13 @@ def open_data(run: Run, world: World) -> tuple[dict | None, dict[str, Images]]:
         data = {split: open_images(s, split) for split in ("train", "val")}
     world.check_same(saved["step"] if saved else 0, "the step to go on from")
     world.check_same(len(data["train"]), "the number of training images")
-    if saved and saved["classes"] != data["train"].classes and s.CLASS_CONDITIONAL:
+    train_classes, val_classes = data["train"].classes, data["val"].classes
+    if s.CLASS_CONDITIONAL and train_classes != val_classes:
+        raise UserError(
+            f"{s.DATASET} has the classes {', '.join(train_classes[:9])} to train on and {', '.join(val_classes[:9])} to "
+            f"validate. Give both the same ones in the same order, or train without them: --class_conditional false."
+        )
+    if saved and saved["classes"] != train_classes and s.CLASS_CONDITIONAL:
         raise UserError(f"{folder}/latest.pth was trained on other classes than the data have. Start anew with --run NAME.")
     check_data(saved, s, data, run.accept_changes)
     return saved, data
@@ -181,6 +187,8 @@ def judge(
     progress, step, epoch = checkpoints.progress, checkpoints.progress.step, checkpoints.progress.epoch
     with stop.postponed("validation"):
         val_loss = validate(world, diffusion, networks["ema"], monitor.track("validation", val_batches))
+    if not math.isfinite(val_loss):
+        raise FloatingPointError(f"The validation loss after step {step:,} is not finite")
     monitor.scalars(step, {"loss/val": val_loss, "progress/epoch": epoch})
     monitor.say(f"epoch {epoch}, step {step:,}: validation loss {val_loss:.5f}")
     if is_last or (ends_epoch and epoch % s.SAMPLE_EVERY == 0):

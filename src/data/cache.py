@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import time
@@ -16,6 +17,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -150,6 +152,8 @@ def chunks(dataset: Any, image_size: int, num_workers: int) -> Generator[tuple, 
     if workers <= 1:
         yield from (decode_chunk(dataset, image_size, chunk) for chunk in range(last))
         return
+    if multiprocessing.get_start_method() != "fork":
+        check_picklable(dataset)
     pool = ProcessPoolExecutor(workers, initializer=become_worker, initargs=(dataset, image_size))
     try:
         ahead: deque[Future] = deque()
@@ -165,6 +169,17 @@ def chunks(dataset: Any, image_size: int, num_workers: int) -> Generator[tuple, 
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def check_picklable(dataset: Any) -> None:
+    """On Windows and macOS, and from Python 3.14 on, workers get the dataset as a pickle. Raises UserError if there is none."""
+    try:
+        ForkingPickler.dumps(dataset)
+    except (AttributeError, TypeError, pickle.PicklingError) as error:
+        raise UserError(
+            f"The dataset cannot be handed to the processes that decode ({error}). Define its class and its functions at the "
+            f"top of a module, or decode in one process: --num_workers 0."
+        ) from error
 
 
 def decoded(dataset: Any, image_size: int, num_workers: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

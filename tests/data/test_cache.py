@@ -69,6 +69,16 @@ def test_one_picture_of_one_class_is_one(tmp_path, capsys):
     assert f"mine train: 1 image of 1 class at 8x8, from {images.path}\nclass: all\n" in out
 
 
+def test_a_dataset_that_such_processes_cannot_get_is_refused_before_one_starts(tmp_path, monkeypatch):
+    class Local(Numbered):
+        pass
+
+    monkeypatch.setattr(cache.multiprocessing, "get_start_method", lambda: "spawn")
+    with pytest.raises(UserError, match=r"cannot be handed to the processes .*Local.* --num_workers 0"):
+        decode(Local(200), tmp_path, workers=2)
+    assert os.listdir(tmp_path) == [] and len(decode(Local(200), tmp_path)) == 200
+
+
 def test_decoding_works_in_processes_that_start_from_nothing(tmp_path):
     """spawn, as on macOS and Windows: everything handed to a worker has to pickle."""
     program = tmp_path / "program.py"
