@@ -1,14 +1,15 @@
 """Every setting of a run, as a flat list of constants.
 
 Each is also a flag of train.py by its lower-case name (`--batch_size 64`), and `--preset NAME` takes a
-named group from PRESETS at the end. A flag beats a preset, a preset beats the constant written here.
+named group from PRESETS at the end. A flag beats a preset, a preset beats the constant written here. A dataset
+of SOURCES brings a folder and an archive of its own instead of the constants.
 The comment behind a constant is what `python train.py --help` prints for it.
 Papers: DDPM = Ho et al. 2020, arXiv:2006.11239; iDDPM = Nichol & Dhariwal 2021, arXiv:2102.09672.
 """
 
 # --- data -------------------------------------------------------------------------------------------
-DATASET = "tiny-imagenet"  # tiny-imagenet, folder (your own pictures), shapes (drawn by code), or your own (src/dataset.py)
-DATA_PATH = "./data/tiny-imagenet-200"  # folder of the images; tiny-imagenet is downloaded if it is absent
+DATASET = "tiny-imagenet"  # tiny-imagenet, cifar10, folder (own pictures), shapes (drawn by code), or your own (src/dataset.py)
+DATA_PATH = "./data/tiny-imagenet-200"  # folder of the images; tiny-imagenet and cifar10 are downloaded if it is absent
 DATA_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"  # of tiny-imagenet, or of any mirror of it
 DATA_SIZE = 248100043  # bytes of that archive, checked after the download; 0 skips the check
 DATA_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"  # md5 of that archive, checked after the download; empty skips the check
@@ -41,7 +42,8 @@ LR_SCHEDULE = "constant"  # after the warm-up: constant, or a cosine or linear d
 WARMUP_STEPS = 1000  # optimizer steps over which the learning rate rises linearly from 0; 0 is off (DDPM code: 5000)
 EPOCHS = 100  # passes over the training images, in all, resumed runs counted in
 GRAD_CLIP = 1.0  # largest L2 norm of the gradient (DDPM code); 0 is off
-EMA_DECAY = 0.9999  # of the weight average per optimizer step, half-life 6931 steps (DDPM, app. B); 0 follows the raw weights
+EMA_DECAY = 0.9999  # of the weight average per step (DDPM, app. B), less early on: it trails by a tenth of the steps done,
+    # from step 90,000 on by 10,000 (half-life 6931 steps); 0 follows the raw weights
 PRECISION = "auto"  # of the network: fp32, bf16, fp16; auto takes bf16 where the device computes in it, else fp32
 COMPILE = "auto"  # torch.compile the network: true, false; auto compiles on CUDA
 SEED = 0  # of weights, data order, t and noise, 0 to 2^32 - 1; the same seed gives the same run
@@ -62,6 +64,14 @@ CHECKPOINT_PATH = "./checkpoints"  # folder of latest.pth, best.pth, epoch_010.p
 OUTPUT_PATH = "./outputs"  # folder of samples/epoch_005.png, ...
 LOG_PATH = "./logs/tensorboard"  # folder of the TensorBoard events
 
+# Datasets with a source of their own, which stands in for DATA_PATH, DATA_URL, DATA_SIZE and DATA_MD5 above.
+SOURCES = {
+    "cifar10": dict(
+        DATA_PATH="./data/cifar-10-batches-bin", DATA_URL="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+        DATA_SIZE=170052171, DATA_MD5="c32a1d4ab5d03f1284b67883e8d87530",
+    ),
+}
+
 PRESETS = {
     # Shapes drawn by code, on two CPU cores in minutes: no download, no GPU. Chosen by trial (docs/performance.md).
     "demo": dict(
@@ -77,4 +87,12 @@ PRESETS = {
     ),
     # One large GPU. The shape: 91M parameters as the default's, 34 GFLOP a picture instead of 61 (docs/performance.md).
     "h100": dict(BATCH_SIZE=256, LEARNING_RATE=2e-4, DIM_MULTS=(1, 1, 2, 3, 4)),
+    # The paper's experiment (DDPM, app. B); 2,052 epochs of 390 steps are its 800,000. The FID to reach: docs/evaluation.md.
+    # 38,307,203 parameters, the paper's 35,746,307 and 2,560,896 by which the step scales each block besides shifting it
+    # (iDDPM). What else differs: attention has heads of 64 channels instead of one head.
+    "cifar10": dict(
+        DATASET="cifar10", IMAGE_SIZE=32, DIM_MULTS=(1, 2, 2, 2), ATTENTION_RESOLUTIONS=(16,), DROPOUT=0.1,
+        BATCH_SIZE=128, LEARNING_RATE=2e-4, WARMUP_STEPS=5000, EPOCHS=2052,
+        SAMPLE_EVERY=50, SAVE_EVERY=250, RUN="cifar10",
+    ),
 }

@@ -26,7 +26,16 @@ from src.dataset import DATASETS, Batch, DeviceImages, Images, ValidationBatches
 from src.diffusion import GaussianDiffusion
 from src.ema import EMA
 from src.runtime.build import build_batches, build_diffusion, build_model, build_optimizer, build_validation, open_images
-from src.runtime.checkpoint import TO_DRAW, Checkpoints, Progress, check_length, check_resume, find_latest, load_checkpoint
+from src.runtime.checkpoint import (
+    TO_DRAW,
+    Checkpoints,
+    Progress,
+    check_data,
+    check_length,
+    check_resume,
+    find_latest,
+    load_checkpoint,
+)
 from src.runtime.device import InPrecision, describe, memory_advice, pick_device, pick_precision, place, should_compile
 from src.runtime.distributed import World
 from src.runtime.folders import FolderLock, claim
@@ -44,19 +53,19 @@ def train(run: Run, world: World, stop: StopRequest) -> None:
     device = pick_device(s.DEVICE, world.local_rank)
     dtype = pick_precision(s.PRECISION, device)
     with stop.at_once():  # there is nothing to lose yet
-        saved, images, val_images = open_data(run, world)
-    model = place(build_model(s, len(images.classes)).train(), device, dtype)
+        saved, data = open_data(run, world)
+    model = place(build_model(s, len(data["train"].classes)).train(), device, dtype)
     if run.init_from and not saved:
         start_from(run.init_from, s, model)
     ema, diffusion = EMA(model, s.EMA_DECAY), build_diffusion(s).to(device)
     optimizer, scaler = build_optimizer(s, model), torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    batches = build_batches(s, DeviceImages(images, device), world)
-    val_batches = build_validation(s, DeviceImages(val_images, device), world)
+    batches = build_batches(s, DeviceImages(data["train"], device), world)
+    val_batches = build_validation(s, DeviceImages(data["val"], device), world)
     meter, progress = Meter(s.TIME_STEPS, device, world), Progress()
     parts = {"model": model, "ema": ema.model, "optimizer": optimizer, "scaler": scaler, "meter": meter}
     last_step, _ = run.limit(batches.steps_per_epoch)
     check_length(saved, s, last_step, run.accept_changes)
-    checkpoints = Checkpoints(s, world, images, last_step, progress, parts, saved)
+    checkpoints = Checkpoints(s, world, data, last_step, progress, parts, saved)
     print_plan(run, config, world, describe(device), dtype, model, batches, val_batches, progress.step)
     parallel = world.parallel(InPrecision(model, device, dtype), device)
     network = torch.compile(parallel) if should_compile(s.COMPILE, device) else parallel
@@ -116,8 +125,8 @@ def learning_rate(s: Settings, step: int, last_step: int) -> float:
     return s.LEARNING_RATE * warm_up * (LR_FLOOR + (1 - LR_FLOOR) * decay)
 
 
-def open_data(run: Run, world: World) -> tuple[dict | None, Images, Images]:
-    """The state to resume from, if there is one, and the images of training and validation. Raises UserError."""
+def open_data(run: Run, world: World) -> tuple[dict | None, dict[str, Images]]:
+    """The state to resume from, if there is one, and the images of "train" and "val". Raises UserError."""
     s, folder = run.settings, run.settings.folder("CHECKPOINT_PATH")
     with world.main_process_first():
         saved = find_latest(folder)
@@ -128,12 +137,19 @@ def open_data(run: Run, world: World) -> tuple[dict | None, Images, Images]:
         for name in ("OUTPUT_PATH", "LOG_PATH"):
             make_folder(s.folder(name), f"--{name.lower()}")
             claim(s.folder(name), folder, saved is not None)
-        images, val_images = open_images(s, "train"), open_images(s, "val")
+        data = {split: open_images(s, split) for split in ("train", "val")}
     world.check_same(saved["step"] if saved else 0, "the step to go on from")
-    world.check_same(len(images), "the number of training images")
-    if saved and saved["classes"] != images.classes and s.CLASS_CONDITIONAL:
+    world.check_same(len(data["train"]), "the number of training images")
+    train_classes, val_classes = data["train"].classes, data["val"].classes
+    if s.CLASS_CONDITIONAL and train_classes != val_classes:
+        raise UserError(
+            f"{s.DATASET} has the classes {', '.join(train_classes[:9])} to train on and {', '.join(val_classes[:9])} to "
+            f"validate. Give both the same ones in the same order, or train without them: --class_conditional false."
+        )
+    if saved and saved["classes"] != train_classes and s.CLASS_CONDITIONAL:
         raise UserError(f"{folder}/latest.pth was trained on other classes than the data have. Start anew with --run NAME.")
-    return saved, images, val_images
+    check_data(saved, s, data, run.accept_changes)
+    return saved, data
 
 
 def start_from(path: str, s: Settings, model: nn.Module) -> None:
@@ -196,6 +212,8 @@ def judge(
 
     with stop.postponed("validation"):
         val_loss = validate(world, diffusion, networks["ema"], monitor.track("validation", val_batches))
+    if not math.isfinite(val_loss):
+        raise FloatingPointError(f"The validation loss after step {step:,} is not finite")
     monitor.scalars(step, {"loss/val": val_loss, "progress/epoch": epoch})
     monitor.say(f"epoch {epoch}, step {step:,}: validation loss {val_loss:.5f}")
     if is_last or is_due(s.SAMPLE_EVERY):

@@ -18,26 +18,27 @@ from torch import Tensor
 
 from src import noise
 from src.data.cache import Images, open_or_decode
+from src.data.cifar10 import CIFAR10, CIFAR_10
 from src.data.folder import ImageFolder
 from src.data.shapes import Shapes
-from src.data.tiny_imagenet import TinyImageNet, obtain_tiny_imagenet
-from src.utils import UserError
+from src.data.tiny_imagenet import TINY_IMAGENET, TinyImageNet
+from src.utils import UserError, count
 
 # name -> function of (path, split "train" or "val", image_size) that gives a Dataset of (image, label).
 # An image is a PIL image, a uint8 array [H, W, 3], or a tensor [3, H, W], uint8 or float in [0, 1]; its size is free.
 # A class of your own is one line here, without random augmentation, because it is decoded once:
-#     "cifar10": lambda path, split, image_size: torchvision.datasets.CIFAR10(path, split == "train", download=True),
+#     "cifar100": lambda path, split, image_size: torchvision.datasets.CIFAR100(path, split == "train", download=True),
 # The Dataset may have `classes` (names by label), `class_ids`, and `fingerprint` (text that changes when the
 # images do; otherwise a few images are compared at each start).
 DATASETS: dict[str, Callable[[Any, str, int], Any]] = {
     "tiny-imagenet": lambda path, split, image_size: TinyImageNet(path, split),
+    "cifar10": lambda path, split, image_size: CIFAR10(path, split),
     "folder": lambda path, split, image_size: ImageFolder(path, split),
     "shapes": lambda path, split, image_size: Shapes(split, image_size),
 }
 
-
 # name -> function of (path, url, size, md5) that downloads and unpacks the data of a dataset, if they are not there yet.
-OBTAIN: dict[str, Callable[[Any, str, int, str], None]] = {"tiny-imagenet": obtain_tiny_imagenet}
+OBTAIN: dict[str, Callable[[Any, str, int, str], None]] = {"tiny-imagenet": TINY_IMAGENET.obtain, "cifar10": CIFAR_10.obtain}
 
 
 def obtain(name: str, path: str | os.PathLike, url: str, size: int = 0, md5: str = "") -> None:
@@ -161,7 +162,7 @@ class TrainBatches:
         self.steps_per_epoch = len(images) // self.images_per_step
         if not self.steps_per_epoch:
             raise UserError(
-                f"{len(images)} training images are fewer than one step takes, BATCH_SIZE {batch_size} x "
+                f"{count(len(images), 'training image')} found, fewer than one step takes, BATCH_SIZE {batch_size} x "
                 f"GRAD_ACCUM_STEPS {grad_accum_steps}. Use a smaller --batch_size."
             )
         self.epoch, self.order = -1, torch.empty(0)

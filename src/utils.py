@@ -8,7 +8,7 @@ import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -30,6 +30,11 @@ class FlagError(UserError):
 def count(number: int, noun: str, plural: str = "") -> str:
     """A number with its noun: "1 image", "2,000 images"."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def printable(name: Any) -> str:
+    """A name that any file can hold as UTF-8: what is not UTF-8 in the name of a file or folder is spelled out."""
+    return str(name).encode("utf-8", "backslashreplace").decode()
 
 
 # --- files ----------------------------------------------------------------------------------------------

@@ -98,7 +98,9 @@ def test_processes_share_a_batch_and_together_draw_what_one_draws(world_size):
 
 
 def test_fewer_images_than_a_step_takes_are_refused():
-    with pytest.raises(UserError, match="25 training images are fewer than one step takes, BATCH_SIZE 13 x GRAD_ACCUM_STEPS 2"):
+    with pytest.raises(
+        UserError, match="25 training images found, fewer than one step takes, BATCH_SIZE 13 x GRAD_ACCUM_STEPS 2"
+    ):
         train_batches(batch_size=13)
 
 

@@ -95,3 +95,17 @@ def test_the_average_shares_no_memory_with_the_network():
     ema = EMA(model, 0.9)
     set_weights(model, 7.0)
     assert average(ema) == 1.0
+
+
+def test_buffers_follow_the_network_and_constants_stay():
+    """Statistics of a BatchNorm that somebody adds would stay those of the first step; an average of a table would spoil it."""
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    model.register_buffer("table", torch.tensor([1, 2, 3]))
+    ema = EMA(model, 0.999)
+    for step in range(5):
+        model(torch.randn(8, 2))
+        ema.update(step)
+    norm, averaged = model[1], ema.model[1]
+    assert torch.equal(averaged.running_mean, norm.running_mean) and averaged.num_batches_tracked == 5
+    assert not torch.equal(averaged.running_mean, torch.zeros(3)) and ema.model.table.tolist() == [1, 2, 3]
+    assert averaged.running_mean.data_ptr() != norm.running_mean.data_ptr()

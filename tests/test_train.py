@@ -112,7 +112,11 @@ def test_the_files_are_those_promised(trained):
 def test_checkpoints_are_plain_dicts_with_the_keys_promised(trained):
     for name in ("latest", "best", "epoch_002"):
         state = trained.state(name)
-        assert set(state) == {"version", "last_step", *TO_RESUME} >= {"model", "ema", "optimizer", "step", "epoch", "config"}
+        assert (
+            set(state)
+            == {"version", "last_step", "data", *TO_RESUME}
+            >= {"model", "ema", "optimizer", "step", "epoch", "config"}
+        )
         assert (state["step"], state["epoch"]) == {"epoch_002": (20, 2)}.get(name, (30, 3))
         assert state["config"]["UNET_DIM"] == 8
 

@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import time
@@ -16,6 +17,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -25,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from src.data.decode import PictureNote, to_uint8
-from src.utils import UserError, atomic_file, reading, writing
+from src.utils import UserError, atomic_file, count, printable, reading, writing
 
 FORMAT = 2  # of the cache file and of to_uint8; count up when either changes, and caches are made again
 CHUNK = 64  # images that a worker decodes and hands over at a time
@@ -73,17 +75,16 @@ def open_or_decode(
     fingerprint = getattr(dataset, "fingerprint", None) or sampled_fingerprint(dataset, image_size)
     images, stale = open_cache(cache, fingerprint)
     if images is None:
-        print(f"{name} {split}: decoding {len(dataset):,} images to {cache}" + (f" ({stale})" if stale else ""))
+        print(f"{name} {split}: decoding {count(len(dataset), 'image')} to {cache}" + (f" ({stale})" if stale else ""))
         write_cache(cache, dataset, image_size, fingerprint, num_workers)
         images, stale = open_cache(cache, fingerprint)
         if images is None:
             raise UserError(f"{cache} cannot be read back after writing it: {stale or 'it is gone'}. Is the disk sound?")
-    classes = "class" if len(images.classes) == 1 else "classes"
-    print(
-        f"{name} {split}: {len(images):,} images of {len(images.classes)} {classes} at {image_size}x{image_size}, from {cache}"
-    )
+    found = f"{count(len(images), 'image')} of {count(len(images.classes), 'class', 'classes')}"
+    print(f"{name} {split}: {found} at {image_size}x{image_size}, from {cache}")
     if split == "train":
-        print(f"{classes}: {', '.join(images.classes[:10])}{', ...' if len(images.classes) > 10 else ''}")
+        names = ", ".join(images.classes[:10]) + (", ..." if len(images.classes) > 10 else "")
+        print(f"{'class' if len(images.classes) == 1 else 'classes'}: {names}")
     return images
 
 
@@ -146,15 +147,17 @@ def in_worker(chunk: int) -> tuple:
 
 def chunks(dataset: Any, image_size: int, num_workers: int) -> Generator[tuple, None, None]:
     """What decode_chunk gives, for all chunks in order. The workers are at most a few chunks ahead of whoever reads."""
-    count = math.ceil(len(dataset) / CHUNK)
-    workers = min(cpu_cores() if num_workers < 0 else num_workers, count)
+    last = math.ceil(len(dataset) / CHUNK)
+    workers = min(cpu_cores() if num_workers < 0 else num_workers, last)
     if workers <= 1:
-        yield from (decode_chunk(dataset, image_size, chunk) for chunk in range(count))
+        yield from (decode_chunk(dataset, image_size, chunk) for chunk in range(last))
         return
+    if multiprocessing.get_start_method() != "fork":
+        check_picklable(dataset)
     pool = ProcessPoolExecutor(workers, initializer=become_worker, initargs=(dataset, image_size))
     try:
         ahead: deque[Future] = deque()
-        for chunk in range(count):
+        for chunk in range(last):
             ahead.append(pool.submit(in_worker, chunk))
             if len(ahead) > 2 * workers:
                 yield ahead.popleft().result()
@@ -166,6 +169,17 @@ def chunks(dataset: Any, image_size: int, num_workers: int) -> Generator[tuple, 
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def check_picklable(dataset: Any) -> None:
+    """On Windows and macOS, and from Python 3.14 on, workers get the dataset as a pickle. Raises UserError if there is none."""
+    try:
+        ForkingPickler.dumps(dataset)
+    except (AttributeError, TypeError, pickle.PicklingError) as error:
+        raise UserError(
+            f"The dataset cannot be handed to the processes that decode ({error}). Define its class and its functions at the "
+            f"top of a module, or decode in one process: --num_workers 0."
+        ) from error
 
 
 def decoded(dataset: Any, image_size: int, num_workers: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -187,7 +201,7 @@ def decoded(dataset: Any, image_size: int, num_workers: int) -> Iterator[tuple[n
         more = [f"... and {len(faults) - 20:,} more."] if len(faults) > 20 else []
         raise UserError("\n".join(faults[:20] + more))
     for what, names in files.items():
-        print(f"note: {len(names):,} {'picture has' if len(names) == 1 else 'pictures have'} {what}; e.g. {names[0]}")
+        print(f"note: {count(len(names), 'picture has', 'pictures have')} {what}; e.g. {names[0]}")
 
 
 # --- the cache file -------------------------------------------------------------------------------------
@@ -215,8 +229,8 @@ def write_cache(cache: Path, dataset: Any, image_size: int, fingerprint: str, nu
             classes = list(getattr(dataset, "classes", None) or range(labels.max() + 1))
             if labels.min() < 0 or labels.max() >= len(classes):
                 raise UserError(
-                    f"The dataset has labels from {labels.min()} to {labels.max()} but {len(classes)} class "
-                    f"names; labels must lie in 0 to {len(classes) - 1}."
+                    f"The dataset has labels from {labels.min()} to {labels.max()} but {count(len(classes), 'class name')}; "
+                    f"labels must lie in 0 to {len(classes) - 1}."
                 )
             about = {
                 "format": FORMAT,
@@ -229,11 +243,6 @@ def write_cache(cache: Path, dataset: Any, image_size: int, fingerprint: str, nu
             np.save(file, np.array(json.dumps(about)))
             if open_cache(cache, fingerprint)[0]:  # it may be mapped by then, on another machine or on Windows: leave it
                 raise Overtaken
-
-
-def printable(name: Any) -> str:
-    """A name that any file and terminal can hold: what is not UTF-8 in the name of a folder is spelled out."""
-    return str(name).encode("utf-8", "backslashreplace").decode()
 
 
 def open_cache(cache: Path, fingerprint: str) -> tuple[Images | None, str]:

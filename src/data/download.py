@@ -1,24 +1,20 @@
-"""Fetch one file over HTTP so that a cut costs nothing, and unpack a zip so that it can do no harm."""
+"""Fetch one file over HTTP so that a cut costs nothing."""
 
 import contextlib
 import errno
 import hashlib
 import os
 import shutil
-import stat
-import tempfile
 import time
-import zipfile
-import zlib
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import requests
 from tqdm import tqdm
 from urllib3.exceptions import InvalidHeader
 from urllib3.util import Retry
 
-from src.utils import UserError, reading, writing
+from src.utils import UserError, count, writing
 
 try:
     import fcntl
@@ -27,10 +23,7 @@ except ImportError:  # Windows: there two processes must not download one file a
 
 NETWORK_BLOCK = 1 << 14  # bytes; a cut loses at most these, since requests drops a block that is not whole
 LONGEST_WAIT = 120  # seconds; if a server asks for more, that is for the user to decide
-MAX_BYTES = 4 << 30  # of an archive, unpacked; tiny-imagenet has 0.25 GB
-MAX_ENTRIES = 1_000_000  # files and folders in an archive; tiny-imagenet has 120,000
 OTHER_FILE = "It is another file or version: check DATA_URL and DATA_SIZE."
-ABANDONED = 86400  # seconds after which a half-unpacked folder is left over from a killed run
 
 
 class Failed(Exception):
@@ -71,11 +64,15 @@ def fetch(
                 if wait is None:
                     raise UserError(f"{url}: {why} {by_hand}") from error
                 if attempt == attempts or wait > LONGEST_WAIT:
-                    tries = f"{attempts} tries" if wait <= LONGEST_WAIT else f"it asks to wait {wait:,.0f} s"
-                    kept = f"The {have:,} bytes so far are kept: run the same command again to continue. " if have else ""
+                    tries = count(attempts, "try", "tries") if wait <= LONGEST_WAIT else f"it asks to wait {wait:,.0f} s"
+                    kept = (
+                        f"What has arrived, {count(have, 'byte')}, is kept: run the same command again to continue. "
+                        if have
+                        else ""
+                    )
                     raise UserError(f"{url}: {why} ({tries}). {kept}{by_hand}") from error
                 wait = max(wait, pause * 2 ** (attempt - 1))
-                print(f"{why} at {have:,} bytes; trying again in {wait:g} s", flush=True)
+                print(f"{why} at {count(have, 'byte')}; trying again in {wait:g} s", flush=True)
                 time.sleep(wait)
         digest = hashlib.md5(usedforsecurity=False)
         with open(part, "rb") as file:
@@ -137,7 +134,7 @@ def receive(url: str, part: Path, size: int, timeout: tuple[float, float], heade
                     have += file.write(block)
                     bar.update(len(block))
                     if size and have > size:
-                        raise Failed(f"the server sends more than the {size:,} bytes expected. {OTHER_FILE}", None)
+                        raise Failed(f"the server sends more than {count(size, 'byte')}, the size expected. {OTHER_FILE}", None)
                 file.flush()
                 os.fsync(file.fileno())
     except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
@@ -171,7 +168,7 @@ def begin(response: requests.Response, part: Path, have: int, size: int) -> tupl
         have, length = 0, response.headers.get("Content-Length", "")
     total = int(length) if length.isdigit() else 0
     if size and total and total != size:
-        raise Failed(f"the server offers {total:,} bytes, expected {size:,}; nothing was downloaded. {OTHER_FILE}", None)
+        raise Failed(f"the server offers {count(total, 'byte')}, expected {size:,}; nothing was downloaded. {OTHER_FILE}", None)
     return have, total
 
 
@@ -191,85 +188,3 @@ def plain_reason(error: BaseException) -> str:
     if isinstance(error, requests.exceptions.ChunkedEncodingError) or "IncompleteRead" in str(error):
         return "the line dropped"
     return "no connection to the server (is there a network?)"
-
-
-# --- unpacking ------------------------------------------------------------------------------------------
-
-
-def extract(
-    zip_path: str | os.PathLike,
-    folder: str | os.PathLike,
-    holds: str,
-    *,
-    max_bytes: int = MAX_BYTES,
-    max_entries: int = MAX_ENTRIES,
-) -> None:
-    """Unpack the folder of the archive that holds the file `holds`, at whatever depth, as `folder`: whole, or not at all.
-
-    The files collect beside it in a folder of this process, which takes the name in one rename and is removed on any failure,
-    Ctrl-C included. Raises UserError for an archive that is damaged, too large, or reaches outside its folder.
-    """
-    zip_path, folder = Path(zip_path), Path(folder)
-    with contextlib.ExitStack() as undo:
-        with reading(zip_path):
-            file = undo.enter_context(open(zip_path, "rb"))
-        undo.enter_context(writing(folder, "--data_path"))
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        for left in folder.parent.glob(f".{folder.name}.part-*"):
-            if time.time() - left.stat().st_mtime > ABANDONED:
-                shutil.rmtree(left, ignore_errors=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.part-", dir=folder.parent))
-        undo.callback(shutil.rmtree, part, ignore_errors=True)
-        try:
-            with zipfile.ZipFile(file) as archive:
-                top, members = safe_members(archive, zip_path, holds, max_bytes, max_entries)
-                needed = sum(member.file_size for member in members)
-                if needed > shutil.disk_usage(part).free:
-                    raise OSError(errno.ENOSPC, f"unpacking {zip_path.name} needs {needed / 1e6:,.0f} MB")
-                for member in tqdm(members, desc="unpacking", unit=" files", disable=None):
-                    archive.extract(member, part / "all")  # no more bytes than declared, then the CRC: a bomb ends there
-        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-            raise UserError(
-                f"{zip_path} is not a whole zip archive ({error}). "
-                f"Move it elsewhere and run the same command again to download it afresh."
-            ) from error
-        if hasattr(os, "sync"):
-            os.sync()  # one flush for all files, before the rename: a power cut leaves no empty pictures behind
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # an empty folder counts as none
-        try:
-            os.rename(part / "all" / top, folder)
-        except OSError:
-            if not (folder / holds).exists():  # otherwise another process was faster
-                raise
-
-
-def safe_members(
-    archive: zipfile.ZipFile, zip_path: Path, holds: str, max_bytes: int, max_entries: int
-) -> tuple[PurePosixPath, list[zipfile.ZipInfo]]:
-    """The folder that holds the file, and what lies in it. All members are checked before anything is written."""
-
-    def refuse(why: str) -> UserError:
-        return UserError(
-            f"{zip_path} is refused: {why}. It is not the archive expected; move it away and get it from a place you trust."
-        )
-
-    members = archive.infolist()
-    total = sum(member.file_size for member in members)
-    if total > max_bytes or len(members) > max_entries:
-        raise refuse(
-            f"it would unpack to {total:,} bytes in {len(members):,} files, more than {max_bytes:,} in {max_entries:,}"
-        )
-    for member in members:
-        name, kind = member.filename, stat.S_IFMT(member.external_attr >> 16)
-        # a colon is a drive letter or a hidden stream on Windows, a backslash a separator there
-        if not name or name.startswith("/") or ".." in PurePosixPath(name).parts or ":" in name or "\\" in name:
-            raise refuse(f"its entry {name!r} points outside the folder")
-        is_zipped = member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-        if kind not in (0, stat.S_IFREG, stat.S_IFDIR) or member.flag_bits & 1 or not is_zipped:
-            raise refuse(f"its entry {name!r} is a link, encrypted or compressed in an unusual way")
-    paths = [PurePosixPath(member.filename) for member in members]
-    tops = sorted((path.parent for path in paths if path.name == holds), key=lambda top: len(top.parts))
-    if not tops:
-        raise refuse(f"there is no {holds} in it")
-    return tops[0], [member for member, path in zip(members, paths) if path.is_relative_to(tops[0])]

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from src.data.decode import open_image
-from src.utils import UserError, reading, reason
+from src.utils import UserError, count, reading, reason
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
 SPLITS = {  # name of a folder -> its split, in a tree that is split already
@@ -90,7 +90,7 @@ class ImageFolder(Files):
             print(f"note: passed over in {path}: {summary(passed_over)}. {READ}; save others as JPEG or PNG")
         if len(train) + len(val) < 2:
             there = f"Found there besides: {summary(passed_over)}. " if passed_over else ""
-            raise UserError(f"{path.absolute()} holds {len(train)} pictures, at least 2 are needed. {there}{READ}.")
+            raise UserError(f"{path.absolute()} holds {count(len(train), 'picture')}, at least 2 are needed. {there}{READ}.")
         strange = sorted({picture.group for picture in val} - set(classes))
         if strange:
             raise UserError(
@@ -111,11 +111,11 @@ def hold_out(pictures: list[Picture], classes: list[str]) -> tuple[list[Picture]
     groups = defaultdict(list)
     for picture in sorted(pictures, key=lambda picture: hashlib.sha256(os.fsencode(picture.name)).digest()):
         groups[picture.group].append(picture)
-    count = min(max(round(len(pictures) / 20), 1), 2000)
+    held_out = min(max(round(len(pictures) / 20), 1), 2000)
     for name in classes:
         seen, group = len(train) + len(val), groups[name]
-        # the share of this class, rounded so that the shares add up to count
-        share = count * (seen + len(group)) // len(pictures) - count * seen // len(pictures)
+        # the share of this class, rounded so that the shares add up to held_out
+        share = held_out * (seen + len(group)) // len(pictures) - held_out * seen // len(pictures)
         val += group[:share]
         train += group[share:]
     return train, val

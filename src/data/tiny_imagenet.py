@@ -3,31 +3,12 @@
 import os
 from pathlib import Path
 
-from src.data.download import extract, fetch
+from src.data.archive import Published
 from src.data.folder import MOVE_IT, Files, find_pictures, summary
-from src.utils import UserError, reading
+from src.utils import UserError, count, reading
 
-ARCHIVE = "tiny-imagenet-200.zip"
+TINY_IMAGENET = Published("Tiny ImageNet", archive="tiny-imagenet-200.zip", holds="wnids.txt")
 OFFICIAL = {"train": 100_000, "val": 10_000}  # pictures of the official set, in 200 classes
-
-
-def archives(path: Path) -> list[Path]:
-    """The zips beside the folder from which it may come."""
-    return [zip_path for zip_path in (path.with_name(path.name + ".zip"), path.with_name(ARCHIVE)) if zip_path.is_file()]
-
-
-def obtain_tiny_imagenet(path: str | os.PathLike, url: str, size: int = 0, md5: str = "") -> None:
-    """Make the folder `path` exist: as it is, or from a zip beside it, or downloaded from `url` (see fetch)."""
-    path = Path(os.path.abspath(path))
-    with reading(path, f"Name a folder with --data_path; {ARCHIVE} beside it is unpacked to there."):
-        if path.exists() and os.listdir(path):
-            return
-    archive = next(iter(archives(path)), path.with_name(ARCHIVE))
-    if not archive.exists():
-        print(f"{path} is not there: downloading {url}")
-        fetch(url, archive, size, md5)
-    print(f"unpacking {archive} to {path}")
-    extract(archive, path, "wnids.txt")
 
 
 class TinyImageNet(Files):
@@ -41,9 +22,7 @@ class TinyImageNet(Files):
     def __init__(self, path: str | os.PathLike, split: str):
         self.given = self.path = Path(os.path.abspath(path))
         with reading(self.path, MOVE_IT):
-            if self.path.is_dir() and not (self.path / "wnids.txt").exists():
-                inside = [folder for folder in self.path.iterdir() if (folder / "wnids.txt").is_file()]
-                self.path = inside[0] if len(inside) == 1 else self.path
+            self.path = TINY_IMAGENET.root(self.given)
             class_ids = list(dict.fromkeys(self.read("wnids.txt").split()))
             if not class_ids or not (self.path / split).exists():
                 raise self.incomplete(f"it has no {split}" if class_ids else "its wnids.txt is empty")
@@ -57,40 +36,32 @@ class TinyImageNet(Files):
             rows = [line.split() for line in self.read("val/val_annotations.txt").splitlines()]
             label_by_name = {row[0]: label_of[row[1]] for row in rows if len(row) > 1 and row[1] in label_of}
             if missing := sorted(label_by_name.keys() - have - rest.keys()):
-                raise self.incomplete(f"{len(missing):,} of the pictures in val_annotations.txt are missing, e.g. {missing[0]}")
+                lacks = f"{count(len(missing), 'picture')} of val_annotations.txt"
+                raise self.incomplete(f"it lacks {lacks}, e.g. {missing[0]}")
             chosen = {name: rest.pop(name) for name in sorted(rest) if name in label_by_name}
             pairs += [(label_by_name[name], entry) for name, entry in chosen.items() if name not in have]
         labels = [label for label, _ in pairs]
         if empty := sorted(set(label_of.values()) - set(labels)):
             example = class_ids[empty[0]]
-            raise self.incomplete(f"{split} has no pictures for {len(empty)} of {len(class_ids)} classes, e.g. {example}")
+            raise self.incomplete(
+                f"{split} has no pictures for {len(empty)} of {count(len(class_ids), 'class', 'classes')}, e.g. {example}"
+            )
         passed_over.pop(".txt", None)  # lists of boxes
         passed_over |= {"without a label": list(rest)} if rest else {}
         if passed_over:
             print(f"note: passed over in {self.path / split}: {summary(passed_over)}")
         if (len(pairs), len(class_ids)) != (OFFICIAL[split], 200):
             print(
-                f"note: {self.path / split} has {len(pairs):,} pictures of {len(class_ids)} classes; "
+                f"note: {self.path / split} has {count(len(pairs), 'picture')} of {count(len(class_ids), 'class', 'classes')}; "
                 f"the official set has {OFFICIAL[split]:,} of 200"
             )
         super().__init__([entry for _, entry in pairs], labels, self.class_names(class_ids), class_ids)
 
     def incomplete(self, what: str) -> UserError:
-        """Advice that never deletes, since the folder may hold other things, and that does not lead back to here."""
-        again = "".join(f" Move {archive} elsewhere first, or it is unpacked again." for archive in archives(self.given))
-        return UserError(
-            f"{self.path} is not a whole Tiny ImageNet: {what}. Name another folder with --data_path; if it does not exist, "
-            f"Tiny ImageNet is downloaded to there.{again}"
-        )
+        return TINY_IMAGENET.incomplete(self.path, self.given, what)
 
     def read(self, name: str) -> str:
-        with reading(self.path / name, "Fix its permissions, or name another folder with --data_path."):
-            try:
-                return (self.path / name).read_text(encoding="utf-8-sig")  # without the byte-order mark of Windows
-            except FileNotFoundError:
-                raise self.incomplete(f"it has no {name}") from None
-            except UnicodeDecodeError:
-                raise self.incomplete(f"{name} is not text in UTF-8") from None
+        return TINY_IMAGENET.read(self.path, self.given, name)
 
     def class_names(self, class_ids: list[str]) -> list[str]:
         """`goldfish` from the line `n01443537<tab>goldfish, Carassius auratus`; the id if words.txt lacks it."""

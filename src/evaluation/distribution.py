@@ -33,7 +33,7 @@ from src import noise
 from src.evaluation.picture_set import PictureSet, write_npz
 from src.evaluation.report import Evaluation, optional, say
 from src.runtime.pipeline import duration
-from src.utils import UserError, atomic_file
+from src.utils import UserError, atomic_file, count
 
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"  # of the published weights
 KID_SUBSETS = 100
@@ -201,13 +201,14 @@ def some(features: Tensor) -> Tensor:
 def warnings(samples: int, reference: int, dimensions: int) -> list[str]:
     """What makes the figures worth less than they look."""
     found = [
-        f"FID from {count:,} {name} in {dimensions:,} dimensions: a covariance of less than full rank, "
+        f"FID from {count(number, name)} in {count(dimensions, 'dimension')}: a covariance of less than full rank, "
         f"the figure is far too large and compares with nothing"
-        for name, count in (("samples", samples), ("reference pictures", reference))
-        if count <= dimensions
+        for name, number in (("sample", samples), ("reference picture", reference))
+        if number <= dimensions
     ]
     if not found and samples < 10_000:
-        found = [f"FID from {samples:,} samples is biased upwards; compare only at equal numbers, and report 10,000 to 50,000"]
+        biased = f"FID from {count(samples, 'sample')} is biased upwards"
+        found = [f"{biased}; compare only at equal numbers, and report 10,000 to 50,000"]
     return found
 
 

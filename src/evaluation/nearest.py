@@ -9,7 +9,7 @@ from torch import Tensor
 from src import noise
 from src.evaluation.picture_set import PictureSet
 from src.evaluation.report import Evaluation, optional, say
-from src.utils import labelled_sheet, save_png
+from src.utils import count, labelled_sheet, save_png
 
 CHUNK = 2048  # rows of the pool compared at a time: 100 MB as float32 at 64x64
 SHEET_ROWS, SHEET_NEIGHBOURS = 32, 5
@@ -79,7 +79,8 @@ def measure_nearest(ev: Evaluation) -> dict[str, Any]:
         if not represent:
             continue
         pool = represent(train)
-        say("nearest", f"{len(samples)} samples and {len(others)} validation pictures among {len(pool):,}, by {view}")
+        both = f"{count(len(samples), 'sample')} and {count(len(others), 'validation picture')}"
+        say("nearest", f"{both} among {count(len(pool), 'training picture')}, by {view}")
         hits, usual = (
             nearest(np.stack([represent(p) for p in looks]), pool, SHEET_NEIGHBOURS, ev.device)
             for looks in ([p, p.mirrored()][: 1 + ev.settings.HORIZONTAL_FLIP] for p in (samples, others))

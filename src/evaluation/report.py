@@ -20,7 +20,7 @@ from src.runtime.build import open_images
 from src.runtime.device import describe, pick_device
 from src.runtime.distributed import World
 from src.runtime.pipeline import Pipeline, duration
-from src.utils import UserError, atomic_file, make_folder, writing
+from src.utils import UserError, atomic_file, count, make_folder, writing
 
 SPLITS = ("train", "val")
 
@@ -76,21 +76,21 @@ class Evaluation:
             return read_set(Path(source), "--samples" if source == self.flags.samples else "--reference")
         return PictureSet(f"{self.settings.DATASET} {source}", np.asarray(self.split(source).images))
 
-    def samples(self, count: int | None) -> PictureSet:
-        """The first `count` pictures of --samples, or of the series that the flags draw. None: all."""
+    def samples(self, number: int | None) -> PictureSet:
+        """The first `number` pictures of --samples, or of the series that the flags draw. None: all."""
         every = self.pictures(self.flags.samples) if self.flags.samples else self.drawn
-        return PictureSet(every.name, every.pixels[:count]) if count else every
+        return PictureSet(every.name, every.pixels[:number]) if number else every
 
     @cached_property
     def drawn(self) -> PictureSet:
         """As many pictures of the series as --fid and --nearest need. All processes draw their part."""
         flags, pipeline = self.flags, self.pipeline
-        count = max(flags.num_samples if flags.fid else 0, flags.nearest or 0)
-        say("drawing", f"{count:,} pictures: about {duration(pipeline.seconds(count, flags.batch_size))}")
-        pixels = torch.zeros(count, *pipeline.shape, dtype=torch.uint8)
-        steps = len(self.world.shard(range(0, count, flags.batch_size))) * pipeline.steps
+        number = max(flags.num_samples if flags.fid else 0, flags.nearest or 0)
+        say("drawing", f"{count(number, 'picture')}: about {duration(pipeline.seconds(number, flags.batch_size))}")
+        pixels = torch.zeros(number, *pipeline.shape, dtype=torch.uint8)
+        steps = len(self.world.shard(range(0, number, flags.batch_size))) * pipeline.steps
         with tqdm(total=steps, unit="step", disable=self.world.hides_bars, dynamic_ncols=True) as bar:
-            for batch, images in pipeline.series(range(count), flags.batch_size, bar, partial(pipeline.start, flags.seed)):
+            for batch, images in pipeline.series(range(number), flags.batch_size, bar, partial(pipeline.start, flags.seed)):
                 pixels[batch[0] : batch[-1] + 1] = images
         return PictureSet(f"{flags.checkpoint}, drawn", self.world.sum(pixels).numpy())  # those of other processes are 0 here
 
@@ -104,10 +104,10 @@ class Evaluation:
             options |= {"guidance": pipeline.guidance, "classes": self.flags.classes}
         return options | {"seed": self.flags.seed}
 
-    def validation(self, count: int) -> dict[str, Any]:
-        """Which validation pictures, for the protocol: `count` of them, the same ones as long as the split is the same."""
+    def validation(self, number: int) -> dict[str, Any]:
+        """Which validation pictures, for the protocol: `number` of them, the same ones as long as the split is the same."""
         labels = "given" if self.settings.CLASS_CONDITIONAL else "none"
-        return self.pictures("val").about() | {"used": count, "labels": labels}
+        return self.pictures("val").about() | {"used": number, "labels": labels}
 
     def curve(self, tag: str, points: Iterable[tuple[int, float]]) -> None:
         """A TensorBoard curve over t, in a folder of this call alone, so that two evaluations are two curves."""
@@ -140,7 +140,7 @@ def optional(path: Path, flag: str) -> Iterator[None]:
 
 def beginning(classes: list[str]) -> str:
     names = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
-    return f"{len(classes)} {'class' if len(classes) == 1 else 'classes'} ({names})"
+    return f"{count(len(classes), 'class', 'classes')} ({names})"
 
 
 def say(title: str, words: str) -> None:

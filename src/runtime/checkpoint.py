@@ -49,7 +49,8 @@ class Progress:
 class Checkpoints:
     """The checkpoints of a run in their folder. A new part of the run is one entry in `parts`.
 
-    parts: {name: object with state_dict and load_state_dict}.   saved: the checkpoint to restore them from, or None.
+    data: {"train": images, "val": images}.   parts: {name: object with state_dict and load_state_dict}.
+    saved: the checkpoint to restore them from, or None.
     The noise and the order of the images follow from SEED and step, so no state of a random generator is kept.
     """
 
@@ -57,19 +58,22 @@ class Checkpoints:
         self,
         settings: Settings,
         world: World,
-        images: Images,
+        data: Mapping[str, Images],
         last_step: int,
         progress: Progress,
         parts: Mapping[str, Any],
         saved: Mapping[str, Any] | None,
     ):
         self.folder, self.world, self.progress, self.parts = settings.folder("CHECKPOINT_PATH"), world, progress, parts
-        self.classes: list[str] = images.classes
-        self.about = {"config": asdict(settings), "last_step": last_step}
-        self.about |= {"classes": images.classes, "class_ids": images.class_ids}
+        self.classes: list[str] = data["train"].classes
+        self.about: dict[str, Any] = {"config": asdict(settings), "last_step": last_step, "data": fingerprints(data)}
+        self.about |= {"classes": self.classes, "class_ids": data["train"].class_ids}
         self.saved_at = time.monotonic()
         if saved:
             self.restore(saved)
+            if why := other_measure(saved, settings, self.about["data"]):
+                print(f"note: best.pth is chosen anew: the lowest validation loss so far, {progress.best_loss:.5f}, {why}")
+                progress.best_loss = float("inf")
 
     def is_due(self, minutes: float) -> bool:
         """Whether the last save is more than so many minutes ago; 0 is never."""
@@ -123,7 +127,8 @@ def load_checkpoint(path: Path, needs: Collection[str] = TO_RESUME, mmap: bool =
     try:
         if entry := zipfile.ZipFile(path).testzip():  # 1.5 GB take a second or two
             raise DamagedCheckpoint(f"{path} is damaged (wrong checksum of {entry}). Use another one.")
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        is_utf_8 = str(path).encode("utf-8", "ignore").decode() == str(path)  # torch maps no file of another name
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_utf_8)
     except pickle.UnpicklingError:
         raise CheckpointError(f"{path} holds Python objects, which could run code when opened; it is refused.") from None
     except (RuntimeError, EOFError, OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
@@ -259,3 +264,36 @@ def check_length(saved: Mapping[str, Any] | None, settings: Settings, last_step:
             f"step {last_step:,}. Either give the same --epochs and --max_steps; or decay over the new length with "
             f"--accept_changes."
         )
+
+
+# --- images that are not those of the checkpoint ----------------------------------------------------------
+
+
+def fingerprints(data: Mapping[str, Images]) -> dict[str, dict[str, Any]]:
+    """What tells the images of a run from others, wherever they lie, by split."""
+    return {split: {"images": len(images), "fingerprint": images.fingerprint} for split, images in data.items()}
+
+
+def check_data(saved: Mapping[str, Any] | None, settings: Settings, data: Mapping[str, Images], accept_changes: bool) -> None:
+    """Refuse to resume on other images, or say how many there were and are. An older checkpoint does not know its own."""
+    now = fingerprints(data)
+    before = saved.get("data", now) if saved else now
+    counts = {split: (before[split]["images"], now[split]["images"]) for split in now if before[split] != now[split]}
+    changed = ", ".join(f"{split} {old:,} -> {new:,}{' others' if old == new else ''}" for split, (old, new) in counts.items())
+    if changed and not accept_changes:
+        raise CheckpointError(
+            f"{settings.folder('CHECKPOINT_PATH') / 'latest.pth'} was trained on other images ({changed}). Either bring those "
+            f"back or name their folder with --data_path; to go on with the new ones, add --accept_changes; or start anew "
+            f"under another name: --run NAME."
+        )
+    if changed:
+        print(f"note: going on with other images ({changed}); epochs, also those done, count passes over the new ones")
+
+
+def other_measure(saved: Mapping[str, Any], settings: Settings, now: Mapping[str, Any]) -> str:
+    """Why validation losses of the checkpoint do not compare with those to come; "" if they do. now: as `fingerprints`."""
+    if saved["version"] == 1:
+        return "was measured by an older version of this program, with other weights"
+    if saved["config"].VAL_IMAGES != settings.VAL_IMAGES:
+        return f"was measured with VAL_IMAGES {saved['config'].VAL_IMAGES}"
+    return "was measured on other images" if saved.get("data", now)["val"] != now["val"] else ""

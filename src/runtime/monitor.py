@@ -25,7 +25,7 @@ from src.model import parameter_count
 from src.runtime.device import peak_memory
 from src.runtime.distributed import World
 from src.runtime.settings import Run, Settings, as_text, changed_from_defaults
-from src.utils import count, writing
+from src.utils import count, printable, writing
 
 FEW_STEPS = 2000  # fewer in all are warned about
 SECONDS_PER_LINE = 60  # between lines of progress where there is no terminal for a bar
@@ -113,7 +113,7 @@ class EventFile:
 
     def table(self, step: int, tag: str, rows: dict) -> None:
         """A table of two columns, in Markdown."""
-        lines = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+        lines = "\n".join(f"| {name} | {printable(value)} |" for name, value in rows.items())
         self.write(step=step, summary=summary.text(tag, f"| name | value |\n|---|---|\n{lines}"))
 
     def flush(self) -> None:

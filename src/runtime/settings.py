@@ -77,7 +77,7 @@ class Settings:
 
 
 KINDS = {setting.name: dict(setting.metadata) for setting in fields(Settings)}
-IN_PRESET = "config.py: PRESETS[{!r}] sets "
+IN_TABLE = "config.py: {}[{!r}] sets "
 
 
 class Run(NamedTuple):
@@ -100,29 +100,37 @@ class Run(NamedTuple):
 
 
 def resolve(config: ModuleType, argv: Sequence[str], dataset_names: Collection[str] | None = None) -> Run:
-    """Settle every setting: a flag beats a preset, a preset beats config.py. `--help` prints and exits.
+    """Settle every setting: a flag beats a preset, a preset beats the dataset's row of SOURCES, and that beats the constant.
+    `--help` prints and exits.
 
     argv: the words behind `train.py`.   dataset_names: what DATASET may be; None leaves that unchecked.
     """
-    constants, presets = read_config(config)
-    flags = vars(train_flags(config, constants, presets).parse(argv))  # only what was typed
+    constants, presets, sources = read_config(config)
+    flags = vars(train_flags(config, constants, presets, sources).parse(argv))  # only what was typed
     of_run = {name: flags.pop(name) for name in Run._fields if name in flags}
     typed = {name.upper(): value for name, value in flags.items()}
     changes = presets[of_run["preset"]] if "preset" in of_run else {}
-    settings = Settings(**constants | changes | typed)
-    places = dict.fromkeys(constants, "config.py: ") | dict.fromkeys(changes, IN_PRESET.format(of_run.get("preset")))
+    dataset = (constants | changes | typed)["DATASET"]
+    own = sources.get(dataset, {})
+    settings = Settings(**constants | own | changes | typed)
+    places = dict.fromkeys(constants, "config.py: ") | dict.fromkeys(own, IN_TABLE.format("SOURCES", dataset))
+    places |= dict.fromkeys(changes, IN_TABLE.format("PRESETS", of_run.get("preset")))
     check_combinations(settings, {name: place for name, place in places.items() if name not in typed}, dataset_names)
     return Run(settings, frozenset(typed), **of_run)
 
 
-def train_flags(config: ModuleType, constants: Mapping[str, Any], presets: Mapping[str, Mapping]) -> FlagParser:
+def train_flags(config: ModuleType, constants: Mapping[str, Any], presets: Mapping, sources: Mapping) -> FlagParser:
     """The flags of train.py: those of a run, then one for each constant, grouped as config.py is."""
     wrap = textwrap.TextWrapper(98, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
+    listed = [
+        [title, *(wrap.fill(f"{name}: {as_flags(changes)}") for name, changes in table.items())]
+        for title, table in {"presets:": presets, "datasets with a source of their own:": sources}.items()
+    ]
     parser = FlagParser(
         "train.py",
         usage="python train.py [--preset NAME] [--flag VALUE ...]",
         description="Train a diffusion model. A flag beats a preset, a preset beats config.py.",
-        epilog="\n".join(["presets:", *(wrap.fill(f"{name}: {as_flags(changes)}") for name, changes in presets.items())]),
+        epilog="\n".join(line for table in listed for line in table),
         argument_default=argparse.SUPPRESS,
     )
     run = parser.add_argument_group("this run")
@@ -141,16 +149,21 @@ def train_flags(config: ModuleType, constants: Mapping[str, Any], presets: Mappi
     return parser
 
 
-def read_config(config: ModuleType) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """The constants and the presets of config.py, checked. Raises UserError."""
+def read_config(config: ModuleType) -> tuple[dict[str, Any], dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """The constants, PRESETS and SOURCES of config.py, checked. Raises UserError."""
     constants = {name: value for name, value in vars(config).items() if name.isupper() and not name.startswith("_")}
-    presets = constants.pop("PRESETS", {})
-    if not isinstance(presets, dict) or not all(isinstance(changes, dict) for changes in presets.values()):
-        raise UserError("config.py: PRESETS is not a dict of dicts; expected {'name': dict(BATCH_SIZE=64), ...}.")
+    tables = {name: constants.pop(name, {}) for name in ("PRESETS", "SOURCES")}
+    for table, rows in tables.items():
+        if not isinstance(rows, dict) or not all(isinstance(changes, dict) for changes in rows.values()):
+            raise UserError(f"config.py: {table} is not a dict of dicts; expected {{'name': dict(BATCH_SIZE=64), ...}}.")
     found = checked(constants, "config.py: ")
     for name in [name for name in KINDS if name not in found]:
         raise UserError(f"config.py has no {name}; set {name} to {expected(KINDS[name])}.")
-    return found, {preset: checked(changes, IN_PRESET.format(preset)) for preset, changes in presets.items()}
+    presets, sources = (
+        {name: checked(changes, IN_TABLE.format(table, name)) for name, changes in rows.items()}
+        for table, rows in tables.items()
+    )
+    return found, presets, sources
 
 
 def checked(values: Mapping[str, Any], place: str) -> dict[str, Any]:
@@ -158,7 +171,7 @@ def checked(values: Mapping[str, Any], place: str) -> dict[str, Any]:
     found = {}
     for name, value in values.items():
         if name not in KINDS:
-            hint = did_you_mean(name, [*KINDS, "PRESETS"])
+            hint = did_you_mean(name, [*KINDS, "PRESETS", "SOURCES"])
             raise UserError(f"{place}{name}: no such setting{hint} Write names of your own in lower case.")
         try:
             found[name] = KINDS[name]["type"](value)
@@ -244,8 +257,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[st
 
 
 def changed_from_defaults(settings: Settings, config: ModuleType) -> list[tuple[str, Any, Any]]:
-    """(name, value in config.py, value of this run) of each setting that a preset or a flag changed."""
-    return differences(read_config(config)[0], asdict(settings))
+    """(name, value in config.py for its dataset, value of this run) of each setting that a preset or a flag changed."""
+    constants, _, sources = read_config(config)
+    return differences(constants | sources.get(settings.DATASET, {}), asdict(settings))
 
 
 def settings_from_dict(saved: Mapping[str, Any]) -> Settings:

@@ -62,6 +62,23 @@ def test_the_cache_holds_the_decoded_images_in_order(tmp_path, monkeypatch, work
     np.testing.assert_array_equal(np.load(images.path, mmap_mode="r"), images.images)
 
 
+def test_one_picture_of_one_class_is_one(tmp_path, capsys):
+    images = decode(ImageFolder(pictures(tmp_path / "mine", 2), "train"), tmp_path / "cache")
+    out = capsys.readouterr().out
+    assert f"mine train: decoding 1 image to {images.path}\n" in out
+    assert f"mine train: 1 image of 1 class at 8x8, from {images.path}\nclass: all\n" in out
+
+
+def test_a_dataset_that_such_processes_cannot_get_is_refused_before_one_starts(tmp_path, monkeypatch):
+    class Local(Numbered):
+        pass
+
+    monkeypatch.setattr(cache.multiprocessing, "get_start_method", lambda: "spawn")
+    with pytest.raises(UserError, match=r"cannot be handed to the processes .*Local.* --num_workers 0"):
+        decode(Local(200), tmp_path, workers=2)
+    assert os.listdir(tmp_path) == [] and len(decode(Local(200), tmp_path)) == 200
+
+
 def test_decoding_works_in_processes_that_start_from_nothing(tmp_path):
     """spawn, as on macOS and Windows: everything handed to a worker has to pickle."""
     program = tmp_path / "program.py"
@@ -149,7 +166,7 @@ def test_an_own_dataset_is_one_entry(tmp_path, monkeypatch):
         prepare("yours", tmp_path, "train", 16)
     wrong = Numbered()
     wrong.classes = ["only one"]
-    with pytest.raises(UserError, match=r"labels from 0 to 3 but 1 class names"):
+    with pytest.raises(UserError, match=r"labels from 0 to 3 but 1 class name;"):
         decode(wrong, tmp_path / "cache")
 
 

@@ -281,7 +281,7 @@ def test_scaling_down_averages_rather_than_picks():
 
 
 def test_pictures_smaller_than_the_image_size_keep_their_colour(tmp_path):
-    for size in ((1, 1), (3, 500), (500, 3)):
+    for size in ((1, 1), (3, 500), (500, 3), (1, 30_000), (30_000, 1)):
         image = saved(Image.new("RGB", size, (10, 200, 30)), tmp_path / "small.png")
         assert (to_uint8(image, 32) == np.array([10, 200, 30])[:, None, None]).all()
 

@@ -189,7 +189,7 @@ def test_a_folder_without_pictures_says_what_is_there(tmp_path):
         match=r"holds 0 pictures, at least 2 .* besides: 2 .txt \(1.txt, ...\), 1 .csv \(3.csv\), 1 .heic \(deep/IMG.HEIC\)\.",
     ):
         ImageFolder(tmp_path / "some", "train")
-    with pytest.raises(UserError, match=r"holds 1 pictures, at least 2 are needed. Pictures that are read end in .jpg"):
+    with pytest.raises(UserError, match=r"holds 1 picture, at least 2 are needed. Pictures that are read end in .jpg"):
         ImageFolder(make(tmp_path / "one", "1.png"), "val")
     with pytest.raises(UserError, match=r"Cannot read .*nowhere: No such file or directory. Name the folder .* --data_path"):
         ImageFolder(tmp_path / "nowhere", "train")

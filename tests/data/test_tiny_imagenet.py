@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from src.data.tiny_imagenet import TinyImageNet, obtain_tiny_imagenet
+from src.data.tiny_imagenet import TINY_IMAGENET, TinyImageNet
 from src.dataset import prepare
 from src.utils import UserError
 
@@ -57,7 +57,7 @@ def tiny(files, tmp_path):
     """The extracted folder, obtained as a user with a zip beside it obtains it."""
     path = tmp_path / "data" / "tiny"
     zipped(path.with_name("tiny-imagenet-200.zip"), files).touch()
-    obtain_tiny_imagenet(path, NEVER_ASKED)
+    TINY_IMAGENET.obtain(path, NEVER_ASKED)
     path.with_name("tiny-imagenet-200.zip").unlink()
     return path
 
@@ -164,9 +164,9 @@ def test_pictures_without_a_label_are_passed_over_and_said(tiny, capsys):
 def test_archives_of_other_places_are_unpacked_to_the_same_folder(tmp_path, files, top, more):
     zipped(tmp_path / "tiny.zip", files, top, **more)
     (tmp_path / "tiny").mkdir()  # an empty folder counts as none
-    obtain_tiny_imagenet(tmp_path / "tiny", NEVER_ASKED)
+    TINY_IMAGENET.obtain(tmp_path / "tiny", NEVER_ASKED)
     assert labels(tmp_path / "tiny") == VAL and sorted(os.listdir(tmp_path)) == ["tiny", "tiny.zip"]
-    obtain_tiny_imagenet(tmp_path / "tiny", NEVER_ASKED)  # it is there
+    TINY_IMAGENET.obtain(tmp_path / "tiny", NEVER_ASKED)  # it is there
 
 
 def test_a_folder_that_was_unpacked_one_level_too_deep_is_read(tiny):
@@ -179,7 +179,7 @@ def test_a_folder_that_was_unpacked_one_level_too_deep_is_read(tiny):
 @pytest.mark.parametrize(
     "remove, split, says",
     [
-        ("val/images/val_3.JPEG", "val", "1 of the pictures in val_annotations.txt are missing, e.g. val_3.JPEG"),
+        ("val/images/val_3.JPEG", "val", "it lacks 1 picture of val_annotations.txt, e.g. val_3.JPEG"),
         ("val/val_annotations.txt", "val", "it has no val/val_annotations.txt"),
         ("wnids.txt", "train", "it has no wnids.txt"),
         ("train/n01", "train", "train has no pictures for 1 of 3 classes, e.g. n01"),
@@ -208,7 +208,7 @@ def test_what_cannot_be_read_is_told_as_that(tiny, commons):
     with pytest.raises(UserError, match=r"Cannot read .*wnids.txt: a file stands where a folder is needed"):
         TinyImageNet(tiny / "words.txt", "train")
     with pytest.raises(UserError, match=r"Cannot read .*words.txt: a file stands where a folder is needed. Name a folder"):
-        obtain_tiny_imagenet(tiny / "words.txt", NEVER_ASKED)
+        TINY_IMAGENET.obtain(tiny / "words.txt", NEVER_ASKED)
     (tiny / "words.txt").unlink()
     (tiny / "words.txt").mkdir()
     with pytest.raises(UserError, match=r"Cannot read .*words.txt: it is a folder, and a file is needed"):
@@ -235,8 +235,8 @@ def test_a_damaged_archive_and_one_of_something_else_leave_nothing(tmp_path, fil
     whole = path.read_bytes()
     path.write_bytes(whole[:-2000])
     with pytest.raises(UserError, match=r"tiny.zip is not a whole zip archive .*Move it elsewhere"):
-        obtain_tiny_imagenet(tmp_path / "tiny", NEVER_ASKED)
+        TINY_IMAGENET.obtain(tmp_path / "tiny", NEVER_ASKED)
     zipped(path, {"cats/1.jpg": b"x"})
     with pytest.raises(UserError, match=r"tiny.zip is refused: there is no wnids.txt in it"):
-        obtain_tiny_imagenet(tmp_path / "tiny", NEVER_ASKED)
+        TINY_IMAGENET.obtain(tmp_path / "tiny", NEVER_ASKED)
     assert os.listdir(tmp_path) == ["tiny.zip"]

@@ -11,6 +11,7 @@ from PIL import Image
 
 import config
 import evaluate
+from src.dataset import Images
 from src.ema import EMA
 from src.runtime.build import build_model, build_optimizer
 from src.runtime.checkpoint import Checkpoints, Progress
@@ -57,8 +58,9 @@ class Tiny:
     def save(self, name, model, classes=("data",), settings=None) -> Path:
         parts = {"model": model, "ema": EMA(model, 0.9).model, "optimizer": build_optimizer(self.settings, model)}
         parts |= {"scaler": torch.amp.GradScaler("cpu", enabled=False), "meter": Meter(30, CPU)}
-        about = SimpleNamespace(classes=list(classes), class_ids=list(classes))
-        Checkpoints(settings or self.settings, World(), about, 7, Progress(7, 1), parts, None).save(name)
+        images = Images(np.zeros(3), torch.zeros(3), list(classes), list(classes), Path(), "of the test")
+        data = {"train": images, "val": images}
+        Checkpoints(settings or self.settings, World(), data, 30, Progress(7, 1), parts, None).save(name)
         return self.root / f"{name}.pth"
 
     def words(self, *words: str) -> list[str]:

@@ -63,6 +63,7 @@ class Watch(TorchDispatchMode):
     def forget(self) -> None:
         self.copies: list[Copy] = []
         self.ops = 0
+        self.doubles: list[str] = []  # operations that give float64, which an Apple GPU (MPS) does not have
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -91,7 +92,10 @@ class Watch(TorchDispatchMode):
             raise Wait(f"{func} without output_size waits for the sum of the repeats")
         self.count_copies(func, name, args, kwargs)
         self.ops += 1
-        return func(*args, **kwargs)
+        given = func(*args, **kwargs)
+        if any(is_on("cuda", value) and value.dtype == torch.float64 for value in tree_leaves(given)):
+            self.doubles.append(name)
+        return given
 
     def count_copies(self, func, name, args, kwargs) -> None:
         if name in ("_to_copy", "device_put"):

@@ -2,15 +2,17 @@
 
 import os
 import pickle
+import shutil
 import zipfile
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from src.dataset import Images
 from src.ema import EMA
 from src.runtime.checkpoint import (
     FREE,
@@ -21,6 +23,7 @@ from src.runtime.checkpoint import (
     Checkpoints,
     DamagedCheckpoint,
     Progress,
+    check_data,
     check_resume,
     find_latest,
     load_checkpoint,
@@ -41,6 +44,14 @@ def settings():
     return resolve(config, ["--dataset", "shapes"]).settings
 
 
+def images(train: int, val: str = "0" * 16) -> dict[str, Images]:
+    """So many training images, and validation images with that fingerprint."""
+    return {
+        split: Images(np.zeros(count), torch.zeros(count), ["a"], ["a"], Path(), fingerprint)
+        for split, count, fingerprint in (("train", train, f"{train:016}"), ("val", 3, val))
+    }
+
+
 class Parts:
     """The objects of a run, as small as they can be: a network of one layer that has made one step."""
 
@@ -58,8 +69,8 @@ class Parts:
         }
 
     def checkpoints(self, folder: Path, settings, progress: Progress, saved=None) -> Checkpoints:
-        images = SimpleNamespace(classes=["a"], class_ids=["a"])
-        return Checkpoints(replace(settings, CHECKPOINT_PATH=str(folder)), World(), images, 30, progress, self.table, saved)
+        settings = replace(settings, CHECKPOINT_PATH=str(folder))
+        return Checkpoints(settings, World(), images(4), 30, progress, self.table, saved)
 
     def save(self, path: Path, settings, step: int = 3) -> Path:
         self.checkpoints(path.parent, settings, Progress(step, 1, 0.5)).save(path.stem)
@@ -72,7 +83,7 @@ class Parts:
 def test_what_is_saved_is_loaded_to_the_last_bit(tmp_path, settings):
     parts = Parts()
     state = load_checkpoint(parts.save(tmp_path / "latest.pth", settings))
-    assert state.keys() == {"version", "last_step", *TO_RESUME}
+    assert state.keys() == {"version", "last_step", "data", *TO_RESUME}
     assert same(state["model"], dict(parts.model.state_dict()))
     assert same(state["optimizer"], parts.optimizer.state_dict())
     assert state["config"] == replace(settings, CHECKPOINT_PATH=str(tmp_path))
@@ -289,6 +300,71 @@ def test_a_resumed_run_takes_the_new_settings_it_was_allowed(run):
     run.train(LEARNING_RATE=5e-4, accept_changes=True, EPOCHS=2, LOG_EVERY=1)
     assert run.scalars()["optimizer/learning_rate"][-1] == (20, pytest.approx(5e-4))
     assert run.state()["config"]["LEARNING_RATE"] == 5e-4
+
+
+# --- images that are not those of the checkpoint ------------------------------------------------------
+
+
+def test_other_images_are_refused_with_their_counts_and_accepted_on_request(tmp_path, settings, capsys):
+    saved = load_checkpoint(Parts().save(tmp_path / "latest.pth", settings))
+    check_data(saved, settings, images(4), False)
+    check_data({name: entry for name, entry in saved.items() if name != "data"}, settings, images(5), False)  # an older one
+    check_data(None, settings, images(5), False)
+    assert capsys.readouterr().out == ""
+    for data, says in ((images(3), "train 4 -> 3"), (images(4, "1"), "val 3 -> 3 others")):
+        with pytest.raises(CheckpointError, match=rf"other images \({says}\)\. .*--accept_changes; .*--run NAME"):
+            check_data(saved, settings, data, False)
+        check_data(saved, settings, data, True)
+        assert f"note: going on with other images ({says})" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda state: state | {"data": {"val": {}}}, "was measured on other images"),
+        (lambda state: state | {"config": replace(state["config"], VAL_IMAGES=7)}, "was measured with VAL_IMAGES 7"),
+        (lambda state: state | {"version": 1}, "was measured by an older version of this program"),
+        (lambda state: {name: entry for name, entry in state.items() if name != "data"}, ""),  # it is not known
+        (lambda state: state | {"data": state["data"] | {"train": {}}}, ""),
+    ],
+)
+def test_a_best_loss_of_another_measure_is_not_compared(tmp_path, settings, capsys, change, says):
+    saved, progress = load_checkpoint(Parts().save(tmp_path / "latest.pth", settings)), Progress()
+    Parts().checkpoints(tmp_path, settings, progress, change(saved))
+    assert progress == Progress(3, 1, float("inf") if says else 0.5)
+    out = capsys.readouterr().out
+    assert (f"best.pth is chosen anew: the lowest validation loss so far, 0.50000, {says}" in out) if says else out == ""
+
+
+def copied(run, change=lambda folder: None):
+    """The pictures of the session in a folder of their own, changed."""
+    folder = run.folder / "pictures"
+    shutil.copytree(run.pictures, folder, dirs_exist_ok=True)
+    change(folder)
+    return {"DATA_PATH": folder, "CACHE_PATH": run.folder / "cache"}
+
+
+def test_moving_renaming_and_copying_the_data_changes_nothing(run):
+    run.train(max_steps=10)
+    run.folder.joinpath("elsewhere").mkdir()
+    data = copied(run)["DATA_PATH"].rename(run.folder / "elsewhere" / "renamed")
+    run.train(DATA_PATH=data, CACHE_PATH=run.folder / "cache", max_steps=12)
+    assert run.state()["step"] == 12
+
+
+def test_a_picture_that_went_between_a_run_and_its_resume_is_noticed_and_a_new_best_is_found(run):
+    run.train(**copied(run), max_steps=20)
+    best = run.state("best")["best_loss"]
+    held_out = run.state()["data"]["val"]["images"]
+    assert held_out == 4 and run.state()["data"]["train"]["images"] == 80
+    fewer = copied(run, lambda folder: [path.unlink() for path in sorted(folder.rglob("*.png"))[::2]])
+    said = run.train(**fewer, code=1).err
+    assert "trained on other images (train 80 -> 40, val 4 -> 2)" in said and "--accept_changes" in said
+    out = run.train(**fewer, accept_changes=True, EPOCHS=5).out
+    assert "note: going on with other images (train 80 -> 40, val 4 -> 2)" in out
+    assert f"best.pth is chosen anew: the lowest validation loss so far, {best:.5f}, was measured on other images" in out
+    assert run.state()["step"] == 25 and run.state("best")["step"] == 25
+    assert "note" not in run.train(**fewer, EPOCHS=6).out, "it is said once"
 
 
 # --- one run at a time --------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def count(monkeypatch):
 def test_one_compilation_serves_all_steps_learning_rates_and_epochs(count, flags, tmp_path, monkeypatch):
     """train.py itself: 8 steps an epoch, or 4, with warm-up, validations and previews between them."""
     folders = f"--checkpoint_path {tmp_path}/c --output_path {tmp_path}/o --log_path {tmp_path}/l --sample_every 1 "
-    monkeypatch.setattr(train, "open_data", lambda *_: (None, images(), images()))
+    monkeypatch.setattr(train, "open_data", lambda *_: (None, {"train": images(), "val": images()}))
     with StopRequest() as stop:
         train.train(resolve(config, f"{FLAGS}{folders}{flags} --max_steps 17".split()), World(), stop)
     assert count.frame_count == 1, f"{count.frame_count} compilations in 17 steps"

@@ -288,11 +288,22 @@ UNet.forward = lambda self, x, t, y=None: forward(self, x, t, y) + (0 if self.tr
 @fault("The network overflows in a preview")
 def overflow_in_preview(run):
     before = saved_run(run)
-    process = run.start_train(
-        OVERFLOW + "from src.diffusion import GaussianDiffusion as D; D.eps_losses = D.training_losses"
-    ).wait()
+    fine = (
+        "from src.diffusion import GaussianDiffusion as D; D.validation_losses = lambda self, network, x_0, *_: x_0[:, 0, 0, 0]"
+    )
+    process = run.start_train(OVERFLOW + fine).wait()
     kept(run, before)
     assert list(run.files("*.png")) == ["outputs/samples/epoch_001.png"]  # of the run before
+    return process
+
+
+@fault("The network overflows in a validation")
+def validation_overflows(run):
+    before = saved_run(run)
+    nan = "GaussianDiffusion.validation_losses = lambda self, network, x_0, *_: x_0.new_full((len(x_0),), float('nan'))"
+    process = run.start_train(f"from src.diffusion import GaussianDiffusion; {nan}").wait()
+    assert "after step 20 " in process.err
+    kept(run, before)
     return process
 
 
@@ -564,6 +575,27 @@ def other_classes(run, trained):
     return met_at_start(run, as_bytes(state), CLASS_CONDITIONAL=True)
 
 
+def half_of_the_pictures(run: Runner) -> dict[str, object]:
+    few = run.folder / "few"
+    shutil.copytree(run.pictures, few)
+    for path in sorted(few.rglob("*.png"))[::2]:
+        path.unlink()
+    return {"DATA_PATH": few, "CACHE_PATH": "cache"}
+
+
+@fault("Pictures were added, removed or edited since")
+def other_pictures(run, trained):
+    return met_at_start(run, as_bytes(trained.state()), **half_of_the_pictures(run))
+
+
+@fault("The same, with --accept_changes")
+def other_pictures_accepted(run):
+    run.train(max_steps=20)
+    process = run.start_train(accept_changes=True, EPOCHS=5, **half_of_the_pictures(run)).wait()
+    assert run.state()["step"] == run.state("best")["step"] == 25
+    return process
+
+
 @fault("No checkpoint to draw from")
 def no_checkpoint(run):
     return run.start("sample.py").wait()
@@ -746,6 +778,48 @@ def twelve_bits(run):
         Image.fromarray(np.full((9, 9), 3000, np.uint16)).save(folder / "red circle" / "x.png")
 
     return with_pictures(run, change)
+
+
+# A user's own dataset, as it is added to src/dataset.py.
+OWN = """
+import multiprocessing
+import numpy as np
+from torch.utils.data import Dataset
+from src.dataset import DATASETS
+
+class Own(Dataset):
+    def __init__(self, split):
+        self.classes = {names}[split]
+        self.transform = lambda image: image
+
+    def __len__(self):
+        return 200
+
+    def __getitem__(self, index):
+        return self.transform(np.full((8, 8, 3), index, np.uint8)), index % len(self.classes)
+
+DATASETS["own"] = lambda path, split, image_size: Own(split)
+"""
+
+
+@fault("A dataset of your own with other classes in val")
+def own_with_other_classes(run):
+    setup = OWN.format(names={"train": ["cat", "cow", "dog"], "val": ["cat", "dog"]})
+    process = run.start_train(setup, DATASET="own", CACHE_PATH="cache", CLASS_CONDITIONAL=True).wait()
+    assert "the classes cat, cow, dog to train on and cat, dog to validate" in process.err and not run.files("*.pth")
+    assert "Done: step" in run.to("unconditional").train(setup, DATASET="own", CACHE_PATH="cache", max_steps=1).out
+    return process
+
+
+@fault("A dataset of your own that no other process can get")
+def own_that_cannot_be_pickled(run):
+    setup = OWN.format(names={"train": ["cat"], "val": ["cat"]})
+    setup += 'multiprocessing.get_start_method = lambda: "spawn"'  # as on Windows and macOS
+    process = run.start_train(setup, DATASET="own", CACHE_PATH="cache", NUM_WORKERS=2).wait()
+    assert not [path for path in (run.folder / "cache").rglob("*") if path.is_file()]
+    settings = {"DATASET": "own", "CACHE_PATH": "cache", "NUM_WORKERS": 0, "max_steps": 1}
+    assert "Done: step" in run.to("one process").train(setup, **settings).out
+    return process
 
 
 @fault("Fewer pictures than a step takes")

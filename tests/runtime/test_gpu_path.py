@@ -61,7 +61,7 @@ def copies_of_a_step(device, tmp_path, monkeypatch):
 
         monkeypatch.setattr(train, "pick_device", lambda *_: CUDA)
         monkeypatch.setattr(train, "describe", str)
-        monkeypatch.setattr(train, "open_data", lambda *_: (None, images(), images()))
+        monkeypatch.setattr(train, "open_data", lambda *_: (None, {"train": images(), "val": images()}))
         monkeypatch.setattr(TrainBatches, "__call__", watched)
         monkeypatch.setattr(Meter, "add", spoiled)
         with pytest.raises(Enough), StopRequest() as stop:
@@ -84,9 +84,9 @@ def copies_of_a_step(device, tmp_path, monkeypatch):
         ("--dropout 0.1 --prediction v --min_snr_gamma 5", 4),
     ],
 )
-def test_a_step_neither_waits_nor_copies_back_and_sends_a_few_bytes(copies_of_a_step, flags, count):
+def test_a_step_neither_waits_nor_copies_back_and_sends_a_few_bytes(copies_of_a_step, device, flags, count):
     copies = copies_of_a_step(flags)
-    assert [copy.non_blocking for copy in copies] == [True] * count
+    assert [copy.non_blocking for copy in copies] == [True] * count and not device.doubles
     assert sum(copy.bytes for copy in copies) < 300, "pixels and noise are made on the device"
 
 
@@ -150,8 +150,9 @@ def test_a_validation_batch_neither_waits_nor_copies_back_up_to_the_loss(device,
         losses = diffusion.validation_losses(network, *batch)
         if count == 3:
             break
-    assert losses.shape == (4,) and losses.device == CUDA
+    assert losses.shape == (16,) and losses.device == CUDA
     assert [copy.non_blocking for copy in device.copies] == [True] * 9, "rows, t, keys for each"
+    assert not device.doubles
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
@@ -164,9 +165,20 @@ def test_a_sampling_step_neither_waits_nor_copies(device, parts, sampler, guidan
     states = diffusion.trajectory(sampler, noise, path, denoiser, lambda k: noise, 0.5)
     for _ in range(3):
         x, _ = next(states)
-    assert x.device == CUDA and not device.copies
+    assert x.device == CUDA and not device.copies and not device.doubles
     with pytest.raises(Wait):  # behind the last step it asks whether all predictions were finite
         next(states)
+
+
+def test_nothing_that_a_run_builds_on_the_device_is_float64(device):
+    """An Apple GPU has none."""
+    device.forget()
+    s = resolve(config, f"{FLAGS} --class_conditional true".split()).settings
+    build_diffusion(s).to(CUDA), DeviceImages(images(), CUDA), Meter(s.TIME_STEPS, CUDA, World())
+    place(build_model(s, 10), CUDA, torch.float32)
+    assert device.ops > 10 and not device.doubles
+    torch.ones(2, device=CUDA).double()
+    assert device.doubles, "the watch is blind"
 
 
 def test_autocast_takes_part(device, parts):

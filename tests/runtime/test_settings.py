@@ -76,6 +76,17 @@ def test_a_flag_beats_a_preset_and_a_preset_beats_the_constant():
     assert changed_from_defaults(run.settings, module) == [("BATCH_SIZE", 1, 3), ("EPOCHS", 1, 2)]
 
 
+def test_a_dataset_brings_its_source_which_presets_and_flags_beat():
+    sources = {"folder": dict(DATA_PATH="a", DATA_URL="http://b", DATA_SIZE=1)}
+    module = config_with(DATASET="folder", DATA_PATH="c", SOURCES=sources, PRESETS={"mine": dict(DATA_URL="http://d")})
+    run = resolve(module, ["--preset", "mine", "--data_size", "2"])
+    assert (run.settings.DATA_PATH, run.settings.DATA_URL, run.settings.DATA_SIZE) == ("a", "http://d", 2)
+    assert [name for name, _, _ in changed_from_defaults(run.settings, module)] == ["DATA_URL", "DATA_SIZE"]
+    for dataset in ("shapes", "tiny-imagenet"):
+        other = resolve(module, ["--dataset", dataset]).settings
+        assert other == replace(resolve(config_with(DATA_PATH="c"), []).settings, DATASET=dataset)
+
+
 @pytest.mark.parametrize(
     "words, limit",
     [
@@ -173,6 +184,9 @@ OWN = "Write names of your own in lower case."
          f"config.py: PRESETS['demo'] sets BATCH_SIZE = 'many', {COUNT}"),
         (config_with(PRESETS={"demo": 3}),
          "config.py: PRESETS is not a dict of dicts; expected {'name': dict(BATCH_SIZE=64), ...}."),
+        (config_with(SOURCES=[]), "config.py: SOURCES is not a dict of dicts; expected {'name': dict(BATCH_SIZE=64), ...}."),
+        (config_with(DATASET="shapes", SOURCES={"shapes": dict(DATA_SIZE="?")}),
+         "config.py: SOURCES['shapes'] sets DATA_SIZE = '?', expected a whole number from 0 to 1000000000000000."),
         (config_with(DATASET="cifar"), "config.py: DATASET = 'cifar': allowed are tiny-imagenet, shapes."),
         (config_with(IMAGE_SIZE=50, DIM_MULTS=(1, 2, 3)),
          "config.py: IMAGE_SIZE = 50 with config.py: DIM_MULTS = (1, 2, 3): allowed are multiples of 4 from 8 on, for "
@@ -241,6 +255,9 @@ def test_the_widths_allowed_are_those_that_the_norms_of_the_network_divide():
 # --- --help -----------------------------------------------------------------------------------------------
 
 
+SOURCES = "datasets with a source of their own"
+
+
 @pytest.fixture
 def help_text(monkeypatch, capsys):
     """What `COLUMNS=100 python train.py --help` prints."""
@@ -254,7 +271,7 @@ def help_text(monkeypatch, capsys):
 def test_help_fits_100_columns_and_is_grouped_as_config_py_is(help_text):
     assert max(map(len, help_text.splitlines())) <= 100
     headings = re.findall(r"^# -+ (.+?) -+$", Path(config.__file__).read_text(encoding="utf-8"), re.MULTILINE)
-    assert re.findall(r"^(\S.*):$", help_text, re.MULTILINE) == ["options", "this run", *headings, "presets"]
+    assert re.findall(r"^(\S.*):$", help_text, re.MULTILINE) == ["options", "this run", *headings, "presets", SOURCES]
 
 
 def test_help_shows_each_constant_with_its_comment_and_default_and_what_a_preset_changes(help_text):
@@ -264,8 +281,8 @@ def test_help_shows_each_constant_with_its_comment_and_default_and_what_a_preset
     for name in KINDS:
         value = as_flags({name: getattr(DEFAULTS, name)}).replace("=", " ").split(" ", 1)[1].replace("''", "none")
         assert comments[name][1] and "".join(f"{comments[name][1]}(default:{value})".split()) in entries[f"--{name.lower()}"]
-    for preset, changes in config.PRESETS.items():
-        assert f"{preset}: {as_flags(changes)}" in " ".join(presets.split())
+    for name, changes in [*config.PRESETS.items(), *config.SOURCES.items()]:
+        assert f"{name}: {as_flags(changes)}" in " ".join(presets.split())
 
 
 def test_a_comment_may_go_on_in_indented_lines_below(monkeypatch):

@@ -1,0 +1,199 @@
+"""Datasets that are published as one archive: obtained, and unpacked so that they can do no harm."""
+
+import contextlib
+import errno
+import gzip
+import os
+import shutil
+import stat
+import tarfile
+import tempfile
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import IO, NamedTuple
+
+from tqdm import tqdm
+
+from src.data.download import fetch
+from src.utils import UserError, count, reading, writing
+
+MAX_BYTES = 4 << 30  # of an archive, unpacked; tiny-imagenet has 0.25 GB, cifar10 0.18 GB
+MAX_ENTRIES = 1_000_000  # files and folders in an archive; tiny-imagenet has 120,000
+ABANDONED = 86400  # seconds after which a half-unpacked folder is left over from a killed run
+
+
+class Published(NamedTuple):
+    """A dataset that is published as one archive.
+
+    title: its name, for messages.   archive: the name of the file, .zip or .tar.gz.   holds: a file that its folder has.
+    """
+
+    title: str
+    archive: str
+    holds: str
+
+    def obtain(self, path: str | os.PathLike, url: str, size: int = 0, md5: str = "") -> None:
+        """Make the folder `path` exist: as it is, or from an archive beside it, or downloaded from `url` (see fetch)."""
+        path = Path(os.path.abspath(path))
+        with reading(path, f"Name a folder with --data_path; {self.archive} beside it is unpacked to there."):
+            if path.exists() and os.listdir(path):
+                return
+        archive = next(iter(self.beside(path)), path.with_name(self.archive))
+        if not archive.exists():
+            print(f"{path} is not there: downloading {url}")
+            fetch(url, archive, size, md5)
+        print(f"unpacking {archive} to {path}")
+        extract(archive, path, self.holds)
+
+    def beside(self, path: Path) -> list[Path]:
+        """The archives beside the folder from which it may come."""
+        names = (path.name + kind_of(self.archive), self.archive)
+        return [archive for archive in map(path.with_name, names) if archive.is_file()]
+
+    def root(self, path: Path) -> Path:
+        """The folder that has the file `holds`: `path`, or its one sub-folder that has it. Raises OSError."""
+        if path.is_dir() and not (path / self.holds).exists():
+            inside = [folder for folder in path.iterdir() if (folder / self.holds).is_file()]
+            return inside[0] if len(inside) == 1 else path
+        return path
+
+    def incomplete(self, root: Path, path: Path, what: str) -> UserError:
+        """root: of the folder `path`. The advice never deletes, since the folder may hold other things, and does not lead back
+        to here."""
+        again = "".join(f" Move {archive} elsewhere first, or it is unpacked again." for archive in self.beside(path))
+        return UserError(
+            f"{root} is not a whole {self.title}: {what}. Name another folder with --data_path; if it does not exist, "
+            f"{self.title} is downloaded to there.{again}"
+        )
+
+    def read(self, root: Path, path: Path, name: str) -> str:
+        """The text of a file in `root`. Raises UserError."""
+        with reading(root / name, "Fix its permissions, or name another folder with --data_path."):
+            try:
+                return (root / name).read_text(encoding="utf-8-sig")  # without the byte-order mark of Windows
+            except FileNotFoundError:
+                raise self.incomplete(root, path, f"it has no {name}") from None
+            except UnicodeDecodeError:
+                raise self.incomplete(root, path, f"{name} is not text in UTF-8") from None
+
+
+class Member(NamedTuple):
+    """A file or folder in an archive."""
+
+    name: str
+    size: int  # bytes, unpacked
+    is_folder: bool
+    is_plain: bool  # no link, device, password or rare compression
+    open: Callable[[], IO[bytes] | None]
+
+
+def kind_of(archive: str) -> str:
+    return ".tar.gz" if archive.endswith((".tar.gz", ".tgz")) else ".zip"
+
+
+def zip_members(file: IO[bytes]) -> Iterator[Member]:
+    archive = zipfile.ZipFile(file)
+    for info in archive.infolist():
+        is_zipped = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) and not info.flag_bits & 1
+        is_plain = is_zipped and stat.S_IFMT(info.external_attr >> 16) in (0, stat.S_IFREG, stat.S_IFDIR)
+        yield Member(info.filename, info.file_size, info.is_dir(), is_plain, partial(archive.open, info))
+
+
+def tar_members(file: IO[bytes]) -> Iterator[Member]:
+    stream = gzip.GzipFile(fileobj=file)
+    archive = tarfile.TarFile(fileobj=stream)
+    for info in archive:
+        yield Member(info.name, info.size, info.isdir(), info.isreg() or info.isdir(), partial(archive.extractfile, info))
+    while stream.read(1 << 20):  # on to the checksum of the whole
+        pass
+
+
+def extract(
+    path: str | os.PathLike,
+    folder: str | os.PathLike,
+    holds: str,
+    *,
+    max_bytes: int = MAX_BYTES,
+    max_entries: int = MAX_ENTRIES,
+) -> None:
+    """Unpack the folder of the archive that holds the file `holds`, at whatever depth, as `folder`: whole, or not at all.
+
+    The files collect beside it in a folder of this process, which takes the name in one rename and is removed on any failure,
+    Ctrl-C included. Raises UserError for an archive that is damaged, too large, or reaches outside its folder.
+    """
+    path, folder, kind = Path(path), Path(folder), kind_of(str(path))
+    with contextlib.ExitStack() as undo:
+        with reading(path):
+            file = undo.enter_context(open(path, "rb"))
+        undo.enter_context(writing(folder, "--data_path"))
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for left in folder.parent.glob(f".{folder.name}.part-*"):
+            if time.time() - left.stat().st_mtime > ABANDONED:
+                shutil.rmtree(left, ignore_errors=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.part-", dir=folder.parent))
+        undo.callback(shutil.rmtree, part, ignore_errors=True)
+        try:
+            found = zip_members(file) if kind == ".zip" else tar_members(file)
+            top, members = safe_members(found, path, holds, max_bytes, max_entries)
+            needed = sum(member.size for member in members)
+            if needed > shutil.disk_usage(part).free:
+                raise OSError(errno.ENOSPC, f"unpacking {path.name} needs {needed / 1e6:,.0f} MB")
+            for member in tqdm(members, desc="unpacking", unit=" files", disable=None):
+                write(member, part / "all" / PurePosixPath(member.name))
+        except (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+            raise UserError(
+                f"{path} is not a whole {kind[1:]} archive ({error}). "
+                f"Move it elsewhere and run the same command again to download it afresh."
+            ) from error
+        if hasattr(os, "sync"):
+            os.sync()  # one flush for all files, before the rename: a power cut leaves no empty pictures behind
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # an empty folder counts as none
+        try:
+            os.rename(part / "all" / top, folder)
+        except OSError:
+            if not (folder / holds).exists():  # otherwise another process was faster
+                raise
+
+
+def write(member: Member, target: Path) -> None:
+    """Names and bytes alone: no link, owner or permission of an archive reaches the disk. No more bytes than declared, then
+    the checksum: a bomb ends there."""
+    (target if member.is_folder else target.parent).mkdir(parents=True, exist_ok=True)
+    if not member.is_folder and (source := member.open()):
+        with source, open(target, "wb") as file:
+            shutil.copyfileobj(source, file)
+
+
+def safe_members(
+    found: Iterator[Member], path: Path, holds: str, max_bytes: int, max_entries: int
+) -> tuple[PurePosixPath, list[Member]]:
+    """The folder that holds the file, and what lies in it. All members are checked before anything is written."""
+
+    def refuse(why: str) -> UserError:
+        return UserError(
+            f"{path} is refused: {why}. It is not the archive expected; move it away and get it from a place you trust."
+        )
+
+    members: list[Member] = []
+    total = 0
+    for member in found:
+        members.append(member)
+        total, name = total + member.size, member.name
+        if total > max_bytes or len(members) > max_entries:
+            files = count(len(members), "file")
+            raise refuse(f"it would unpack to {total:,} bytes in {files} or more; allowed are {max_bytes:,} in {max_entries:,}")
+        # a colon is a drive letter or a hidden stream on Windows, a backslash a separator there
+        if not name or name.startswith("/") or ".." in PurePosixPath(name).parts or set(name) & set(":\\\0"):
+            raise refuse(f"its entry {name!r} points outside the folder")
+        if not member.is_plain:
+            raise refuse(f"its entry {name!r} is a link, encrypted or compressed in an unusual way")
+    paths = [PurePosixPath(member.name) for member in members]
+    tops = sorted((path.parent for path in paths if path.name == holds), key=lambda top: len(top.parts))
+    if not tops:
+        raise refuse(f"there is no {holds} in it")
+    return tops[0], [member for member, path in zip(members, paths) if path.is_relative_to(tops[0])]

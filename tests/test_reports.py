@@ -1,0 +1,57 @@
+"""What was reported of other repositories of this kind, tried on this one. What failed here has its test where the cure is."""
+
+import pytest
+
+OWN = """
+from PIL import Image
+from torch.utils.data import Dataset
+from src.dataset import DATASETS
+
+class Digits(Dataset):
+    classes = ["0", "1"]
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        return Image.new("L", (28, 28), 6 * index), index % 2
+
+DATASETS["digits"] = lambda path, split, image_size: Digits()
+"""
+EAGER = "import functools, torch; torch.compile = functools.partial(torch.compile, backend='eager')"
+IN_A_THREAD = """
+import threading, train
+
+codes = []
+thread = threading.Thread(target=lambda: codes.append(train.main()))
+thread.start()
+thread.join()
+raise SystemExit(codes[0])
+"""
+
+
+def test_a_compiled_run_saves_the_names_of_the_plain_network(run):
+    """karpathy/nanoGPT issue 325: with torch.compile every name began with _orig_mod, and nothing loaded again."""
+    run.train(EAGER, COMPILE=True, max_steps=3)
+    state = run.state()
+    assert state["model"].keys() == state["ema"].keys()
+    assert not [name for name in state["model"] if "_orig_mod" in name or "module." in name]
+    run.train(COMPILE=False, max_steps=6)
+    run.train(EAGER, COMPILE=True, max_steps=9)
+    run.sample("--checkpoint", "checkpoints/best.pth", "--num_samples", 2, "--steps", 2)
+
+
+@pytest.mark.parametrize("size", [20, 28])
+def test_sizes_that_are_no_power_of_two_train_and_draw(run, size):
+    """crowsonkb/v-diffusion-pytorch issue 3: the skip connections did not fit. Single-channel pictures:
+    openai/improved-diffusion issue 121."""
+    shape = {"IMAGE_SIZE": size, "DIM_MULTS": (1, 2, 2), "ATTENTION_RESOLUTIONS": (size // 2, size // 4)}
+    run.train(OWN, DATASET="digits", CACHE_PATH="cache", EPOCHS=1, **shape)
+    run.sample("--checkpoint", "checkpoints/best.pth", "--num_samples", 3, "--batch_size", 2, "--steps", 2)
+    assert len(run.files("images/*.png")) == 3
+
+
+def test_a_whole_run_works_outside_the_main_thread(run):
+    """wandb/wandb issue 834: signal only works in main thread."""
+    run.train(IN_A_THREAD, EPOCHS=1)
+    assert run.state()["step"] == 10
