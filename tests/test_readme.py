@@ -24,10 +24,10 @@ COMMANDS = [command.strip() for line in LINES for command in line.split("&&")]
 
 # The README names this environment variable: sizes with which each train command takes seconds. What it types wins over them.
 SIZES = (
-    "--image_size 16 --unet_dim 8 --dim_mults 1,2 --attention_resolutions 8 --num_res_blocks 1 --batch_size 4 --val_images 4 "
-    "--num_samples 4 --preview_steps 2 --max_steps 3 --num_workers 0 --device cpu --compile false"
+    "--image_size 24 --unet_dim 16 --dim_mults 1,1,2,4 --attention_resolutions 6 --num_res_blocks 1 --batch_size 4 "
+    "--val_images 4 --num_samples 4 --preview_steps 2 --max_steps 3 --num_workers 0 --device cpu --compile false"
 )
-BY_HAND = ("git ", "source ", "pip ", "python -m ", "tensorboard ")  # of the installation, the suite itself, and a server
+BY_HAND = ("git ", "cd ", "source ", "pip ", "python -m ", "tensorboard ")  # of the installation, the suite itself, and a server
 
 
 def picture(path: Path, side: int = 40) -> None:
@@ -43,12 +43,12 @@ def clone(tmp_path_factory) -> Path:
     (folder / "docs").mkdir()
     shutil.copy(ROOT / "docs" / "shapes.pth", folder / "docs")
     tiny, cifar = folder / "data/tiny-imagenet-200", folder / "data/cifar-10-batches-bin"
-    for i in range(24):
+    for i in range(70):
         picture(folder / "my_pictures" / ("cat", "dog")[i % 2] / f"{i}.jpg")
         picture(tiny / f"train/n0{i % 2}/images/{i}.JPEG", 64)
         picture(tiny / f"val/images/{i}.JPEG", 64)
     (tiny / "wnids.txt").write_text("n00\nn01\n")
-    (tiny / "val/val_annotations.txt").write_text("".join(f"{i}.JPEG\tn0{i % 2}\t0\t0\t9\t9\n" for i in range(24)))
+    (tiny / "val/val_annotations.txt").write_text("".join(f"{i}.JPEG\tn0{i % 2}\t0\t0\t9\t9\n" for i in range(70)))
     cifar.mkdir()
     (cifar / "batches.meta.txt").write_text("".join(f"class{i}\n" for i in range(10)))
     for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
@@ -110,7 +110,7 @@ def test_the_commands_leave_what_the_page_says(results, clone):
 def test_a_checkpoint_opens_as_shown(results, clone, monkeypatch):
     monkeypatch.chdir(clone)
     (snippet,) = re.findall(r"```python\n(torch\.load.*?)```", README, re.DOTALL)
-    assert eval(snippet, {"torch": torch})["IMAGE_SIZE"] == 16
+    assert eval(snippet, {"torch": torch})["IMAGE_SIZE"] == 24
 
 
 def test_the_example_of_a_library_runs(capsys):
