@@ -24,10 +24,17 @@ COMMANDS = [command.strip() for line in LINES for command in line.split("&&")]
 
 # The README names this environment variable: sizes with which each train command takes seconds. What it types wins over them.
 SIZES = (
-    "--image_size 24 --unet_dim 16 --dim_mults 1,1,2,4 --attention_resolutions 6 --num_res_blocks 1 --batch_size 4 "
+    "--image_size 24 --unet_dim 16 --dim_mults 1,1,2,4 --attention_resolutions 0 --num_res_blocks 1 --batch_size 4 "
     "--val_images 4 --num_samples 4 --preview_steps 2 --max_steps 3 --num_workers 0 --device cpu --compile false"
 )
-BY_HAND = ("git ", "cd ", "source ", "pip ", "python -m ", "tensorboard ")  # of the installation, the suite itself, and a server
+BY_HAND = (
+    "git ",
+    "cd ",
+    "source ",
+    "pip ",
+    "python -m ",
+    "tensorboard ",
+)  # of the installation, the suite itself, and a server
 
 
 def picture(path: Path, side: int = 40) -> None:
