@@ -27,7 +27,16 @@ from src.diffusion import GaussianDiffusion
 from src.ema import EMA
 from src.runtime.build import build_batches, build_diffusion, build_model, build_optimizer, build_validation, open_images
 from src.runtime.checkpoint import Checkpoints, Progress, check_length, check_resume, find_latest, load_checkpoint
-from src.runtime.device import InPrecision, describe, memory_advice, pick_device, pick_precision, place, should_compile
+from src.runtime.device import (
+    InPrecision,
+    compiled,
+    describe,
+    memory_advice,
+    pick_device,
+    pick_precision,
+    place,
+    should_compile,
+)
 from src.runtime.distributed import World
 from src.runtime.folders import FolderLock, claim
 from src.runtime.monitor import Meter, Monitor, print_plan, print_summary
@@ -44,6 +53,7 @@ def train(run: Run, world: World, stop: StopRequest) -> None:
     device = pick_device(s.DEVICE, world.local_rank)
     dtype = pick_precision(s.PRECISION, device)
     with stop.at_once():  # there is nothing to lose yet
+        compiles = should_compile(s.COMPILE, device)
         saved, images, val_images = open_data(run, world)
     model = place(build_model(s, len(images.classes)).train(), device, dtype)
     if run.init_from and not saved:
@@ -59,7 +69,7 @@ def train(run: Run, world: World, stop: StopRequest) -> None:
     checkpoints = Checkpoints(s, world, images, last_step, progress, parts, saved)
     print_plan(run, config, world, describe(device), dtype, model, batches, val_batches, progress.step)
     parallel = world.parallel(InPrecision(model, device, dtype), device)
-    network = torch.compile(parallel) if should_compile(s.COMPILE, device) else parallel
+    network = compiled(parallel) if compiles else parallel
     networks = {"ema": InPrecision(ema.model, device, dtype), "raw": InPrecision(model, device, dtype)}
 
     with Monitor(s, world, device, progress.step, last_step) as monitor, stop.postponed("step"):

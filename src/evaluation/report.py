@@ -86,7 +86,7 @@ class Evaluation:
         """As many pictures of the series as --fid and --nearest need. All processes draw their part."""
         flags, pipeline = self.flags, self.pipeline
         count = max(flags.num_samples if flags.fid else 0, flags.nearest or 0)
-        say("drawing", f"{count:,} pictures: about {duration(pipeline.seconds(count, flags.batch_size))}")
+        say("drawing", f"{count:,} pictures: about {duration(pipeline.prepare(count, flags.batch_size))}")
         pixels = torch.zeros(count, *pipeline.shape, dtype=torch.uint8)
         steps = len(self.world.shard(range(0, count, flags.batch_size))) * pipeline.steps
         with tqdm(total=steps, unit="step", disable=self.world.hides_bars, dynamic_ncols=True) as bar:
