@@ -15,7 +15,8 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
 from unittest.mock import patch
@@ -39,7 +40,7 @@ from src.runtime.settings import Settings
 
 class Step:
     """step() is one optimizer step of train.py, from the batch to the average; a test compares the weights. A variant changes
-    `network`, `losses`, `batches` or the modules of `model` in a step that is built."""
+    `network`, `losses`, `batches`, `context` or the modules of `model` in a step that is built."""
 
     def __init__(self, s: Settings, device: torch.device, images: Images, variant: str = "as train.py"):
         dtype = pick_precision(s.PRECISION, device)
@@ -50,12 +51,17 @@ class Step:
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.batches: Any = build_batches(s, DeviceImages(images, device))
         self.meter = Meter(s.TIME_STEPS, device)
-        self.eager: Callable = InPrecision(self.model, device, dtype)
+        self.eager = InPrecision(self.model, device, dtype)
         self.network: Callable = torch.compile(self.eager) if should_compile(s.COMPILE, device) else self.eager
         self.losses: Callable = lambda *batch: self.diffusion.training_losses(self.network, *batch)
+        self.context: Callable[[], AbstractContextManager] = nullcontext
         VARIANTS[variant](self)
 
     def __call__(self) -> None:
+        with self.context():
+            self.take()
+
+    def take(self) -> None:
         s, step = self.settings, self.step
         self.optimizer.param_groups[0]["lr"] = s.LEARNING_RATE * min(1.0, (step + 1) / max(1, s.WARMUP_STEPS))
         torch.manual_seed(noise.seed(s.SEED, noise.DROPOUT, step, 0))
@@ -99,8 +105,58 @@ def compiled(part: str, **options: Any) -> Callable[[Step], None]:
 
 
 def step_noise(step: Step) -> None:
-    """The noise of a batch by a compiled function."""
-    step.batches = patch.object(noise, "normal", torch.compile(noise.normal))(step.batches.__call__)
+    """Noise, loss and network in one compiled function. The batch brings the keys of its noise."""
+    losses, step.network = step.losses, step.eager
+    keys_alone: Callable = lambda keys, shape: keys  # noqa: E731
+    step.batches = patch.object(noise, "normal", keys_alone)(step.batches.__call__)
+    step.losses = torch.compile(lambda x_0, t, keys, y: losses(x_0, t, noise.normal(keys, x_0.shape[1:]), y))
+
+
+class Lower(torch.autograd.Function):
+    """float32 weights to bf16 by one foreach copy, their gradients back by another."""
+
+    @staticmethod
+    def forward(ctx: Any, *weights: Tensor) -> tuple[Tensor, ...]:
+        low = [torch.empty_like(weight, dtype=torch.bfloat16) for weight in weights]
+        torch._foreach_copy_(low, weights)
+        return tuple(low)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        high = [torch.empty_like(grad, dtype=torch.float32) for grad in grads]
+        torch._foreach_copy_(high, grads)
+        return tuple(high)
+
+
+def shadow(step: Step) -> None:
+    """The network computes with bf16 copies of the weights that autocast would cast one by one."""
+    assert step.eager.dtype == torch.bfloat16, "the step has no such modules on this device in this precision"
+    kinds = (nn.Conv2d, nn.Linear, plain.Downsample, plain.Upsample)  # the head's convolution is in float32
+    layers = [(name, layer) for name, layer in step.eager.named_modules() if type(layer) in kinds and ".head." not in name]
+    weights = {f"{name}.{key}": weight for name, layer in layers for key, weight in layer.named_parameters()}
+
+    def call(low: tuple[Tensor, ...], *args: Any) -> Tensor:
+        return torch.func.functional_call(step.eager, dict(zip(weights, low)), args)
+
+    quick = call if step.network is step.eager else torch.compile(call)
+    step.network = lambda *args: quick(Lower.apply(*weights.values()), *args)
+
+
+def within(context: Callable, *args: Any, **options: Any) -> Callable[[Step], None]:
+    """The step inside a context manager."""
+
+    def change(step: Step) -> None:
+        step.context = partial(context, *args, **options)
+
+    return change
+
+
+@contextmanager
+def matmul_precision(name: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    yield
+    torch.set_float32_matmul_precision(before)
 
 
 def one_batch(step: Step) -> None:
@@ -108,13 +164,15 @@ def one_batch(step: Step) -> None:
     step.batches = partial(lambda batch, *_: batch, step.batches(0, 0))
 
 
-SWAPS = tuple(c for c in vars(kernels).values() if isinstance(c, type) and issubclass(c, nn.Module))
+MODULES = [c for c in vars(kernels).values() if isinstance(c, type) and issubclass(c, nn.Module)]
+SWAPS = tuple(c for c in MODULES if c is not kernels.LeanResBlock)  # which no device has by itself
 
 # What is not decided yet, and what each swap of kernels.py gains. name: function that changes a built step.
 VARIANTS: dict[str, Callable[[Step], None]] = {
     "as train.py": lambda step: None,
     "plain": swapped(SWAPS),
     **{f"no-{quick.__name__}": swapped(quick) for quick in SWAPS},
+    "lean": swapped(plain.ResBlock, kernels.LeanResBlock),
     "four-product": swapped(plain.Upsample, kernels.FourProductUpsample),
     "eager": lambda step: setattr(step, "network", step.eager),
     "compile": compiled("network"),
@@ -122,7 +180,12 @@ VARIANTS: dict[str, Callable[[Step], None]] = {
     "max-autotune": compiled("network", mode="max-autotune"),
     "loss": compiled("losses"),
     "loss-graphs": compiled("losses", mode="reduce-overhead"),
+    "layout": compiled("network", options={"force_layout_optimization": True}),
+    "no-mix-order": compiled("network", options={"triton.mix_order_reduction": False}),  # pytorch issue #193061
     "step-noise": step_noise,
+    "shadow": shadow,
+    "tf32": within(matmul_precision, "high"),
+    "cudnn-benchmark": within(torch.backends.cudnn.flags, enabled=True, benchmark=True, allow_tf32=True),
     "one-batch": one_batch,
 }
 
