@@ -15,8 +15,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 from unittest.mock import patch
@@ -40,7 +39,7 @@ from src.runtime.settings import Settings
 
 class Step:
     """step() is one optimizer step of train.py, from the batch to the average; a test compares the weights. A variant changes
-    `network`, `losses`, `batches`, `context` or the modules of `model` in a step that is built."""
+    `network`, `losses`, `batches`, `take` or the modules of `model` in a step that is built."""
 
     def __init__(self, s: Settings, device: torch.device, images: Images, variant: str = "as train.py"):
         dtype = pick_precision(s.PRECISION, device)
@@ -54,12 +53,10 @@ class Step:
         self.eager = InPrecision(self.model, device, dtype)
         self.network: Callable = torch.compile(self.eager) if should_compile(s.COMPILE, device) else self.eager
         self.losses: Callable = lambda *batch: self.diffusion.training_losses(self.network, *batch)
-        self.context: Callable[[], AbstractContextManager] = nullcontext
         VARIANTS[variant](self)
 
     def __call__(self) -> None:
-        with self.context():
-            self.take()
+        self.take()
 
     def take(self) -> None:
         s, step = self.settings, self.step
@@ -107,25 +104,28 @@ def compiled(part: str, **options: Any) -> Callable[[Step], None]:
 def step_noise(step: Step) -> None:
     """Noise, loss and network in one compiled function. The batch brings the keys of its noise."""
     losses, step.network = step.losses, step.eager
-    keys_alone: Callable = lambda keys, shape: keys  # noqa: E731
+
+    def keys_alone(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return keys
+
+    def from_keys(x_0: Tensor, t: Tensor, keys: Tensor, y: Tensor | None) -> Tensor:
+        return losses(x_0, t, noise.normal(keys, x_0.shape[1:]), y)
+
     step.batches = patch.object(noise, "normal", keys_alone)(step.batches.__call__)
-    step.losses = torch.compile(lambda x_0, t, keys, y: losses(x_0, t, noise.normal(keys, x_0.shape[1:]), y))
+    step.losses = torch.compile(from_keys)
+
+
+def in_dtype(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    copies = tuple(torch.empty_like(tensor, dtype=dtype) for tensor in tensors)
+    torch._foreach_copy_(copies, tensors)
+    return copies
 
 
 class Lower(torch.autograd.Function):
     """float32 weights to bf16 by one foreach copy, their gradients back by another."""
 
-    @staticmethod
-    def forward(ctx: Any, *weights: Tensor) -> tuple[Tensor, ...]:
-        low = [torch.empty_like(weight, dtype=torch.bfloat16) for weight in weights]
-        torch._foreach_copy_(low, weights)
-        return tuple(low)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        high = [torch.empty_like(grad, dtype=torch.float32) for grad in grads]
-        torch._foreach_copy_(high, grads)
-        return tuple(high)
+    forward = staticmethod(lambda ctx, *weights: in_dtype(weights, torch.bfloat16))
+    backward = staticmethod(lambda ctx, *grads: in_dtype(grads, torch.float32))
 
 
 def shadow(step: Step) -> None:
@@ -140,23 +140,6 @@ def shadow(step: Step) -> None:
 
     quick = call if step.network is step.eager else torch.compile(call)
     step.network = lambda *args: quick(Lower.apply(*weights.values()), *args)
-
-
-def within(context: Callable, *args: Any, **options: Any) -> Callable[[Step], None]:
-    """The step inside a context manager."""
-
-    def change(step: Step) -> None:
-        step.context = partial(context, *args, **options)
-
-    return change
-
-
-@contextmanager
-def matmul_precision(name: str) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(name)
-    yield
-    torch.set_float32_matmul_precision(before)
 
 
 def one_batch(step: Step) -> None:
@@ -184,8 +167,7 @@ VARIANTS: dict[str, Callable[[Step], None]] = {
     "no-mix-order": compiled("network", options={"triton.mix_order_reduction": False}),  # pytorch issue #193061
     "step-noise": step_noise,
     "shadow": shadow,
-    "tf32": within(matmul_precision, "high"),
-    "cudnn-benchmark": within(torch.backends.cudnn.flags, enabled=True, benchmark=True, allow_tf32=True),
+    "cudnn-benchmark": lambda step: setattr(step, "take", torch.backends.cudnn.flags(True, True)(step.take)),
     "one-batch": one_batch,
 }
 

@@ -7,9 +7,10 @@ import sys
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import config
-from benchmarks import common, data, profile_step, sample, train_step
+from benchmarks import common, data, gpu_half_hour, profile_step, sample, train_step
 from src import model as plain
 from src.model import UNet, parameter_count
 from src.runtime import kernels
@@ -121,6 +122,21 @@ def test_a_variant_changes_the_time_and_not_the_weights(precision, monkeypatch):
     assert (one_batch - ours).norm() > 0.2 * ours.norm()
 
 
+@pytest.mark.parametrize("name", ["shadow", "step-noise", "lean"])
+def test_a_compiled_variant_is_one_graph_for_all_steps(name, monkeypatch):
+    torch._dynamo.reset()
+    count, compile_function = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda call, **_: compile_function(call, backend=count, fullgraph=True))
+    monkeypatch.setattr(train_step, "should_compile", lambda *_: True)
+    words = f"{common.TINY} --dim_mults 1 --attention_resolutions 0 --precision bf16 --device cpu"
+    s = resolve(config, shlex.split(words)).settings
+    step = train_step.Step(s, torch.device("cpu"), common.random_images(40, s.IMAGE_SIZE), name)
+    for _ in range(3):
+        step()
+    assert count.frame_count == 1
+    torch._dynamo.reset()
+
+
 def test_plain_is_the_network_of_model_py_and_no_x_is_plain_in_one_place():
     s = resolve(config, shlex.split(f"{common.TINY} --device cpu --precision bf16")).settings
     kinds = {}
@@ -166,6 +182,46 @@ def test_profile_accounts_for_the_whole_step(bench):
     assert kinds.pop("the step") == 1
     assert sum(kinds.values()) == pytest.approx(1)
     assert kinds["convolutions"] > 0.05 and kinds["optimizer, EMA, clipping"] > 0
+
+
+ROWS = [
+    ("quick", 60, "-m benchmarks.data --rounds 1"),
+    ("wrong", 60, "-c 'import sys; sys.exit(\"no such thing\")' -m benchmarks"),
+    ("endless", 1, "-c 'import time; print(1, flush=True); time.sleep(60)' -m benchmarks"),
+    ("last", 600, "-m benchmarks.data"),
+]
+
+
+def test_the_half_hour_keeps_each_row_and_goes_on_with_the_next(bench, monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_half_hour, "ROWS", ROWS)
+    monkeypatch.setitem(gpu_half_hour.TINY, "-c", "")
+    lines, said = bench(gpu_half_hour, "--minutes 5")
+    outcomes = {"quick": "done", "wrong": "failed (1)", "endless": "stopped at its limit"}
+    assert {line["row"]: line["outcome"] for line in lines} == outcomes
+    assert "too few for 'last'" in said.out
+    document = (tmp_path / "gpu_half_hour.md").read_text()
+    assert "| quick | done |" in document and "ours, from the cache" in document and "no such thing" in document
+    monkeypatch.setattr(gpu_half_hour, "ROWS", [*ROWS[:3], ("pictures", 60, "-c 'print(1)' -m benchmarks")])
+    lines, said = bench(gpu_half_hour)
+    assert [line["row"] for line in lines] == [*outcomes, "pictures"] and said.out.splitlines()[0].startswith("pictures: done")
+    assert (tmp_path / "gpu_half_hour.md").read_text().startswith(document.split("| quick")[0][:40])
+
+
+def test_the_rows_of_the_half_hour_take_half_an_hour_and_their_flags_exist(monkeypatch, tmp_path):
+    assert sum(seconds for _, seconds, _ in gpu_half_hour.ROWS) <= 25 * 60
+    assert all(seconds <= 9 * 60 for _, seconds, _ in gpu_half_hour.ROWS)
+    modules = {module.__name__: module for module in (train_step, profile_step, sample, data)}
+    for is_tiny in (False, True):
+        args = common.argparse.Namespace(tiny=is_tiny, device="cpu", results=tmp_path)
+        for _, _, words in gpu_half_hour.ROWS:
+            _, *words = gpu_half_hour.command(args, words, str(tmp_path))
+            if words[0] == "train.py":
+                resolve(config, words[1:])
+            elif words[1] in modules:
+                asked = []
+                monkeypatch.setattr(sys, "argv", words[1:])
+                module = modules[words[1]]
+                assert common.main("", "", asked.append, module.FLAGS) == 0 and asked[0].tiny == is_tiny
 
 
 @pytest.mark.parametrize(
