@@ -180,7 +180,7 @@ def draw(pipeline: Pipeline, flags: Namespace, out: Path, points: Points) -> Non
     gif = out / "denoising.gif"
     is_wanted = flags.gif and not points and not gif.exists()
     missing = [i for i in range(first, first + count) if i not in there or (is_wanted and i < first + flags.batch_size)]
-    seconds = pipeline.seconds(len(missing), flags.batch_size)
+    seconds = pipeline.prepare(len(missing), flags.batch_size)
     print(f"drawing    {len(missing):,} pictures by {flags.sampler} in {pipeline.steps:,} steps: about {duration(seconds)}")
 
     frames: list[Tensor] | None = [] if is_wanted else None

@@ -36,7 +36,16 @@ from src.runtime.checkpoint import (
     find_latest,
     load_checkpoint,
 )
-from src.runtime.device import InPrecision, describe, memory_advice, pick_device, pick_precision, place, should_compile
+from src.runtime.device import (
+    InPrecision,
+    compiled,
+    describe,
+    memory_advice,
+    pick_device,
+    pick_precision,
+    place,
+    should_compile,
+)
 from src.runtime.distributed import World
 from src.runtime.folders import FolderLock, claim
 from src.runtime.monitor import Meter, Monitor, print_plan, print_summary
@@ -53,6 +62,7 @@ def train(run: Run, world: World, stop: StopRequest) -> None:
     device = pick_device(s.DEVICE, world.local_rank)
     dtype = pick_precision(s.PRECISION, device)
     with stop.at_once():  # there is nothing to lose yet
+        compiles = should_compile(s.COMPILE, device)
         saved, data = open_data(run, world)
     model = place(build_model(s, len(data["train"].classes)).train(), device, dtype)
     if run.init_from and not saved:
@@ -68,7 +78,7 @@ def train(run: Run, world: World, stop: StopRequest) -> None:
     checkpoints = Checkpoints(s, world, data, last_step, progress, parts, saved)
     print_plan(run, config, world, describe(device), dtype, model, batches, val_batches, progress.step)
     parallel = world.parallel(InPrecision(model, device, dtype), device)
-    network = torch.compile(parallel) if should_compile(s.COMPILE, device) else parallel
+    network = compiled(parallel) if compiles else parallel
     networks = {"ema": InPrecision(ema.model, device, dtype), "raw": InPrecision(model, device, dtype)}
 
     with Monitor(s, world, device, progress.step, last_step) as monitor, stop.postponed("step"):

@@ -39,7 +39,7 @@ from src.runtime.settings import Settings
 
 class Step:
     """step() is one optimizer step of train.py, from the batch to the average; a test compares the weights. A variant changes
-    `network`, `losses`, `batches` or the modules of `model` in a step that is built."""
+    `network`, `losses`, `batches`, `take` or the modules of `model` in a step that is built."""
 
     def __init__(self, s: Settings, device: torch.device, images: Images, variant: str = "as train.py"):
         dtype = pick_precision(s.PRECISION, device)
@@ -50,12 +50,15 @@ class Step:
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.batches: Any = build_batches(s, DeviceImages(images, device))
         self.meter = Meter(s.TIME_STEPS, device)
-        self.eager: Callable = InPrecision(self.model, device, dtype)
+        self.eager = InPrecision(self.model, device, dtype)
         self.network: Callable = torch.compile(self.eager) if should_compile(s.COMPILE, device) else self.eager
         self.losses: Callable = lambda *batch: self.diffusion.training_losses(self.network, *batch)
         VARIANTS[variant](self)
 
     def __call__(self) -> None:
+        self.take()
+
+    def take(self) -> None:
         s, step = self.settings, self.step
         self.optimizer.param_groups[0]["lr"] = s.LEARNING_RATE * min(1.0, (step + 1) / max(1, s.WARMUP_STEPS))
         torch.manual_seed(noise.seed(s.SEED, noise.DROPOUT, step, 0))
@@ -99,8 +102,44 @@ def compiled(part: str, **options: Any) -> Callable[[Step], None]:
 
 
 def step_noise(step: Step) -> None:
-    """The noise of a batch by a compiled function."""
-    step.batches = patch.object(noise, "normal", torch.compile(noise.normal))(step.batches.__call__)
+    """Noise, loss and network in one compiled function. The batch brings the keys of its noise."""
+    losses, step.network = step.losses, step.eager
+
+    def keys_alone(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return keys
+
+    def from_keys(x_0: Tensor, t: Tensor, keys: Tensor, y: Tensor | None) -> Tensor:
+        return losses(x_0, t, noise.normal(keys, x_0.shape[1:]), y)
+
+    step.batches = patch.object(noise, "normal", keys_alone)(step.batches.__call__)
+    step.losses = torch.compile(from_keys)
+
+
+def in_dtype(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    copies = tuple(torch.empty_like(tensor, dtype=dtype) for tensor in tensors)
+    torch._foreach_copy_(copies, tensors)
+    return copies
+
+
+class Lower(torch.autograd.Function):
+    """float32 weights to bf16 by one foreach copy, their gradients back by another."""
+
+    forward = staticmethod(lambda ctx, *weights: in_dtype(weights, torch.bfloat16))
+    backward = staticmethod(lambda ctx, *grads: in_dtype(grads, torch.float32))
+
+
+def shadow(step: Step) -> None:
+    """The network computes with bf16 copies of the weights that autocast would cast one by one."""
+    assert step.eager.dtype == torch.bfloat16, "the step has no such modules on this device in this precision"
+    kinds = (nn.Conv2d, nn.Linear, plain.Downsample, plain.Upsample)  # the head's convolution is in float32
+    layers = [(name, layer) for name, layer in step.eager.named_modules() if type(layer) in kinds and ".head." not in name]
+    weights = {f"{name}.{key}": weight for name, layer in layers for key, weight in layer.named_parameters()}
+
+    def call(low: tuple[Tensor, ...], *args: Any) -> Tensor:
+        return torch.func.functional_call(step.eager, dict(zip(weights, low)), args)
+
+    quick = call if step.network is step.eager else torch.compile(call)
+    step.network = lambda *args: quick(Lower.apply(*weights.values()), *args)
 
 
 def one_batch(step: Step) -> None:
@@ -108,13 +147,15 @@ def one_batch(step: Step) -> None:
     step.batches = partial(lambda batch, *_: batch, step.batches(0, 0))
 
 
-SWAPS = tuple(c for c in vars(kernels).values() if isinstance(c, type) and issubclass(c, nn.Module))
+MODULES = [c for c in vars(kernels).values() if isinstance(c, type) and issubclass(c, nn.Module)]
+SWAPS = tuple(c for c in MODULES if c is not kernels.LeanResBlock)  # which no device has by itself
 
 # What is not decided yet, and what each swap of kernels.py gains. name: function that changes a built step.
 VARIANTS: dict[str, Callable[[Step], None]] = {
     "as train.py": lambda step: None,
     "plain": swapped(SWAPS),
     **{f"no-{quick.__name__}": swapped(quick) for quick in SWAPS},
+    "lean": swapped(plain.ResBlock, kernels.LeanResBlock),
     "four-product": swapped(plain.Upsample, kernels.FourProductUpsample),
     "eager": lambda step: setattr(step, "network", step.eager),
     "compile": compiled("network"),
@@ -122,7 +163,11 @@ VARIANTS: dict[str, Callable[[Step], None]] = {
     "max-autotune": compiled("network", mode="max-autotune"),
     "loss": compiled("losses"),
     "loss-graphs": compiled("losses", mode="reduce-overhead"),
+    "layout": compiled("network", options={"force_layout_optimization": True}),
+    "no-mix-order": compiled("network", options={"triton.mix_order_reduction": False}),  # pytorch issue #193061
     "step-noise": step_noise,
+    "shadow": shadow,
+    "cudnn-benchmark": lambda step: setattr(step, "take", torch.backends.cudnn.flags(True, True)(step.take)),
     "one-batch": one_batch,
 }
 

@@ -1,14 +1,16 @@
 """The benchmarks run, record consistent figures, and measure the step that train.py takes."""
 
+import contextlib
 import json
 import shlex
 import sys
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import config
-from benchmarks import common, data, profile_step, sample, train_step
+from benchmarks import common, data, gpu_half_hour, profile_step, sample, train_step
 from src import model as plain
 from src.model import UNet, parameter_count
 from src.runtime import kernels
@@ -92,22 +94,47 @@ def test_train_step_keeps_consistent_figures(bench):
     assert [line.split(" | ")[1] for line in said.out.splitlines() if line.startswith("| ")] == ["name", *names, *names]
 
 
+SWAPPED = {"plain", "four-product", "lean", *(name for name in train_step.VARIANTS if name.startswith("no-"))} - {
+    "no-mix-order"
+}
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_variant_changes_the_time_and_not_the_loss(precision, monkeypatch):
+def test_a_variant_changes_the_time_and_not_the_weights(precision, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda call, **_: call)  # a compiler takes minutes
-    s = resolve(config, shlex.split(f"{common.TINY} --device cpu --precision {precision}")).settings
-    losses = {}
+    s = resolve(config, shlex.split(f"{common.TINY} --device cpu --precision {precision} --learning_rate 1e-3")).settings
+    images, weights = common.random_images(40, s.IMAGE_SIZE), {}
     for name in train_step.VARIANTS:
-        if precision == "fp32" and name in ("no-LowPrecisionNorm", "no-QuickNorm", "no-FormulaAttention"):
-            with pytest.raises(AssertionError, match="no such modules"):
-                train_step.Step(s, torch.device("cpu"), common.random_images(4, s.IMAGE_SIZE), name)
+        step = None
+        with contextlib.suppress(AssertionError):
+            step = train_step.Step(s, torch.device("cpu"), images, name)
+        if step is None:
+            assert precision == "fp32" and name in ("no-LowPrecisionNorm", "no-QuickNorm", "no-FormulaAttention", "shadow")
             continue
-        step = train_step.Step(s, torch.device("cpu"), common.random_images(4, s.IMAGE_SIZE), name)
-        for _ in range(2):
+        start = torch.cat([parameter.detach().flatten() for parameter in step.model.parameters()])
+        for _ in range(5):
             step()
-        losses[name] = float(step.meter.sums[0].sum())
-    one_batch = losses.pop("one-batch")
-    assert losses == pytest.approx(dict.fromkeys(losses, losses["plain"]), rel=1e-2) and one_batch != losses["plain"]
+        weights[name] = torch.cat([parameter.detach().flatten() for parameter in step.model.parameters()]) - start
+    ours, one_batch = weights["as train.py"], weights.pop("one-batch")
+    for name, moved in weights.items():
+        apart = ((moved - ours).norm() / ours.norm()).item()
+        assert apart < (0.0 if name not in SWAPPED else 1e-3 if precision == "fp32" else 0.2) + 1e-12, (name, apart)
+    assert (one_batch - ours).norm() > 0.2 * ours.norm()
+
+
+@pytest.mark.parametrize("name", ["shadow", "step-noise", "lean"])
+def test_a_compiled_variant_is_one_graph_for_all_steps(name, monkeypatch):
+    torch._dynamo.reset()
+    count, compile_function = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda call, **_: compile_function(call, backend=count, fullgraph=True))
+    monkeypatch.setattr(train_step, "should_compile", lambda *_: True)
+    words = f"{common.TINY} --dim_mults 1 --attention_resolutions 0 --precision bf16 --device cpu"
+    s = resolve(config, shlex.split(words)).settings
+    step = train_step.Step(s, torch.device("cpu"), common.random_images(40, s.IMAGE_SIZE), name)
+    for _ in range(3):
+        step()
+    assert count.frame_count == 1
+    torch._dynamo.reset()
 
 
 def test_plain_is_the_network_of_model_py_and_no_x_is_plain_in_one_place():
@@ -155,6 +182,46 @@ def test_profile_accounts_for_the_whole_step(bench):
     assert kinds.pop("the step") == 1
     assert sum(kinds.values()) == pytest.approx(1)
     assert kinds["convolutions"] > 0.05 and kinds["optimizer, EMA, clipping"] > 0
+
+
+ROWS = [
+    ("quick", 60, "-m benchmarks.data --rounds 1"),
+    ("wrong", 60, "-c 'import sys; sys.exit(\"no such thing\")' -m benchmarks"),
+    ("endless", 1, "-c 'import time; print(1, flush=True); time.sleep(60)' -m benchmarks"),
+    ("last", 600, "-m benchmarks.data"),
+]
+
+
+def test_the_half_hour_keeps_each_row_and_goes_on_with_the_next(bench, monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_half_hour, "ROWS", ROWS)
+    monkeypatch.setitem(gpu_half_hour.TINY, "-c", "")
+    lines, said = bench(gpu_half_hour, "--minutes 5")
+    outcomes = {"quick": "done", "wrong": "failed (1)", "endless": "stopped at its limit"}
+    assert {line["row"]: line["outcome"] for line in lines} == outcomes
+    assert "too few for 'last'" in said.out
+    document = (tmp_path / "gpu_half_hour.md").read_text()
+    assert "| quick | done |" in document and "ours, from the cache" in document and "no such thing" in document
+    monkeypatch.setattr(gpu_half_hour, "ROWS", [*ROWS[:3], ("pictures", 60, "-c 'print(1)' -m benchmarks")])
+    lines, said = bench(gpu_half_hour)
+    assert [line["row"] for line in lines] == [*outcomes, "pictures"] and said.out.splitlines()[0].startswith("pictures: done")
+    assert (tmp_path / "gpu_half_hour.md").read_text().startswith(document.split("| quick")[0][:40])
+
+
+def test_the_rows_of_the_half_hour_take_half_an_hour_and_their_flags_exist(monkeypatch, tmp_path):
+    assert sum(seconds for _, seconds, _ in gpu_half_hour.ROWS) <= 25 * 60
+    assert all(seconds <= 9 * 60 for _, seconds, _ in gpu_half_hour.ROWS)
+    modules = {module.__name__: module for module in (train_step, profile_step, sample, data)}
+    for is_tiny in (False, True):
+        args = common.argparse.Namespace(tiny=is_tiny, device="cpu", results=tmp_path)
+        for _, _, words in gpu_half_hour.ROWS:
+            _, *words = gpu_half_hour.command(args, words, str(tmp_path))
+            if words[0] == "train.py":
+                resolve(config, words[1:])
+            elif words[1] in modules:
+                asked = []
+                monkeypatch.setattr(sys, "argv", words[1:])
+                module = modules[words[1]]
+                assert common.main("", "", asked.append, module.FLAGS) == 0 and asked[0].tiny == is_tiny
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,11 @@ a mistake in a test is found where minutes are cheap.
 """
 
 import os
+from copy import deepcopy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from src import noise
@@ -16,6 +18,7 @@ from src.ema import EMA
 from src.model import UNet
 from src.noise import PictureNoise
 from src.runtime.device import InPrecision
+from src.runtime.kernels import norm_silu
 from src.samplers import SAMPLERS
 from src.utils import to_uint8
 
@@ -226,3 +229,24 @@ def test_pictures_are_those_of_the_cpu():
         model, diffusion = place(small(), device).eval(), GaussianDiffusion().to(device)
         pictures.append(to_uint8(draw(diffusion, model, 1, range(4), 32, sampler="dpm++", steps=10)).int())
     assert (pictures[0] - pictures[1]).abs().max() <= 1
+
+
+# --- a fault of the compiler that is known ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_lean", [False, True])
+def test_a_compiled_norm_in_channels_last_at_the_size_of_pytorch_issue_140913(is_lean):
+    """128 channels, 32 groups, 64x64, batch 256, as --preset h100 has them: values and all gradients, against the CPU."""
+    size, norm = (256 if DEVICE.type == "cuda" else 2, 128, 64, 64), nn.GroupNorm(32, 128)
+    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    results = []
+    for device in (DEVICE, CPU):
+        layer = deepcopy(norm).to(device)
+        lean, usual = (lambda x, n=layer: norm_silu(n, x)), (lambda x, n=layer: F.silu(n(x)))
+        function = torch.compile(lean if is_lean else usual) if device == DEVICE else usual
+        x = torch.linspace(-2, 2, 256 * 128 * 64 * 64)[: torch.Size(size).numel()].sin_().view(size).to(device)
+        x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+        y = function(x)
+        results.append([y, *torch.autograd.grad(y.square().mean(), [x, layer.weight, layer.bias])])
+    for here, there in zip(*results):
+        assert distance([here], [there]) < 1e-4

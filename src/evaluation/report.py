@@ -86,7 +86,7 @@ class Evaluation:
         """As many pictures of the series as --fid and --nearest need. All processes draw their part."""
         flags, pipeline = self.flags, self.pipeline
         number = max(flags.num_samples if flags.fid else 0, flags.nearest or 0)
-        say("drawing", f"{count(number, 'picture')}: about {duration(pipeline.seconds(number, flags.batch_size))}")
+        say("drawing", f"{count(number, 'picture')}: about {duration(pipeline.prepare(number, flags.batch_size))}")
         pixels = torch.zeros(number, *pipeline.shape, dtype=torch.uint8)
         steps = len(self.world.shard(range(0, number, flags.batch_size))) * pipeline.steps
         with tqdm(total=steps, unit="step", disable=self.world.hides_bars, dynamic_ncols=True) as bar:

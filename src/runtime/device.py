@@ -1,15 +1,25 @@
 """Where and in which precision the network runs, chosen once at start-up."""
 
+import math
 import os
 import platform
+import shlex
+import shutil
 import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from src.runtime.kernels import speed_up
 from src.utils import FlagError, count
 
+COMPILE_PAYS = 2000  # calls of the network that take as long as to compile it: an estimate, a minute by 30 ms saved
+SLOWER = "Warning: the network is not compiled and runs more slowly"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -72,9 +82,57 @@ def place(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Modu
     return model
 
 
-def should_compile(choice: str, device: torch.device) -> bool:
-    """Whether torch.compile pays: "auto" says yes on CUDA; on a CPU even a tiny network takes a minute to compile."""
-    return device.type == "cuda" if choice == "auto" else choice == "true"
+def should_compile(choice: str, device: torch.device, calls: float = math.inf) -> bool:
+    """Whether to compile the network. "auto" says yes on CUDA where `calls` of it pay for the compilation; on a CPU even a
+    tiny network takes a minute to compile. False, with a line that says why, where the compiler does not work."""
+    if choice == "false" or (choice == "auto" and (device.type != "cuda" or calls < COMPILE_PAYS)):
+        return False
+    fault = compiler_fault(device)
+    if fault:
+        print(f"{SLOWER}: {fault}")
+    return not fault
+
+
+def compiler_fault(device: torch.device) -> str:
+    """Why torch.compile cannot work here and what to install, or "". Takes seconds, because it compiles a small network."""
+    if os.name == "posix":
+        # Triton builds its launcher in C; on a CPU the kernels themselves are C++.
+        name, usual, package = ("CC", ["gcc", "clang"], "gcc") if device.type == "cuda" else ("CXX", ["g++", "clang++"], "g++")
+        wanted = shlex.split(os.environ.get(name, ""))[:1] or usual
+        header = Path(sysconfig.get_paths()["include"], "Python.h")
+        if not any(map(shutil.which, wanted)):
+            return f"torch.compile needs {' or '.join(wanted)}; not found. Run 'apt install {package}', or set {name}."
+        if not header.exists():
+            python = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
+            return f"torch.compile needs {header}; not found. Run 'apt install {python}'."
+    layer, x = nn.GroupNorm(2, 8).to(device), torch.ones(2, 8, 4, 4, device=device)
+    try:
+        torch.compile(lambda x: F.silu(layer(x)))(x).sum().backward()
+    except Exception as error:  # whatever a compiler may raise
+        return f"torch.compile failed on a small network ({first_line(error)})."
+    return ""
+
+
+def compiled(network: Callable) -> Callable:
+    """torch.compile(network). Should that fail on this very network, a line says why and the network runs as it is."""
+    quick = torch.compile(network)
+
+    def call(*args: Any) -> Any:
+        nonlocal quick
+        try:
+            return quick(*args)
+        except Exception as error:  # also what Triton raises at the first launch
+            if quick is network or is_out_of_memory(error):
+                raise
+            print(f"{SLOWER}: torch.compile failed ({first_line(error)}).")
+            quick = network
+        return quick(*args)
+
+    return call
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def describe(device: torch.device) -> str:

@@ -16,7 +16,7 @@ from src.diffusion import Model
 from src.noise import PictureNoise
 from src.runtime.build import build_diffusion, build_model
 from src.runtime.checkpoint import TO_DRAW, load_checkpoint, load_weights
-from src.runtime.device import InPrecision, pick_device, pick_precision, place, should_compile, synchronize
+from src.runtime.device import InPrecision, compiled, pick_device, pick_precision, place, should_compile, synchronize
 from src.runtime.distributed import World
 from src.runtime.flags import PATH, RUN, Kind, choice, number, whole
 from src.runtime.settings import KINDS
@@ -53,7 +53,12 @@ def add_drawing_flags(group: Any) -> None:
         ("--batch_size", whole(1, 100_000), 64, "pictures drawn at a time; changes none of them (default: 64)"),
         ("--device", KINDS["DEVICE"], "auto", "auto, cuda, mps, cpu (default: auto)"),
         ("--precision", KINDS["PRECISION"], "auto", "auto, fp32, bf16, fp16 (default: auto)"),
-        ("--compile", KINDS["COMPILE"], "auto", "torch.compile the network: auto, true, false (default: auto)"),
+        (
+            "--compile",
+            KINDS["COMPILE"],
+            "auto",
+            "torch.compile the network: auto (on CUDA, from 2,000 calls on), true, false (default: auto)",
+        ),
     ]
     for flag, kind, default, comment in flags:
         group.add_argument(flag, **kind, default=default, help=comment)
@@ -128,9 +133,8 @@ class Pipeline:
         load_weights(model, self.weights)
         place(model.eval().requires_grad_(False), self.device, self.dtype)
         self.network: Callable = InPrecision(model, self.device, self.dtype)
-        self.is_compiled = should_compile(flags.compile, self.device)
-        if self.is_compiled:
-            self.network = torch.compile(self.network)
+        self.choice, self.is_compiled = flags.compile, False
+        self.compile_for(0)  # if the flag says so, whatever the number of calls
         self.diffusion = build_diffusion(s).to(self.device)
         self.shape = (3, s.IMAGE_SIZE, s.IMAGE_SIZE)
         self.sampler, self.spacing, self.eta, self.guidance = flags.sampler, flags.spacing, flags.eta, flags.guidance
@@ -164,13 +168,22 @@ class Pipeline:
                 synchronize(self.device)
         return (time.perf_counter() - start) / batch
 
-    def seconds(self, pictures: int, batch_size: int) -> float:
-        """How long all processes together take to draw `pictures`."""
+    def compile_for(self, calls: float) -> None:
+        """Compile the network if so many calls of it pay for that."""
+        self.is_compiled = should_compile(self.choice, self.device, calls)
+        if self.is_compiled:
+            self.network = compiled(self.network)
+
+    def prepare(self, pictures: int, batch_size: int) -> float:
+        """Compile the network if drawing so many pictures pays for that. Returns how many seconds all processes together
+        take to draw them."""
         if not pictures:
             return 0.0
-        calls_per_step = 1 if self.guidance in (0, 1) else 2
-        seconds = self.seconds_per_call(pictures, batch_size) * pictures * self.steps * calls_per_step
-        return seconds / min(self.world.size, -(-pictures // batch_size))
+        batches, calls_per_picture = -(-pictures // batch_size), self.steps * (1 if self.guidance in (0, 1) else 2)
+        processes = min(self.world.size, batches)
+        if self.choice == "auto":
+            self.compile_for(batches * calls_per_picture / processes)
+        return self.seconds_per_call(pictures, batch_size) * pictures * calls_per_picture / processes
 
     def start(self, seed: int, indices: Sequence[int]) -> tuple[Noise, Tensor | None, Model]:
         """What pictures number `indices` of the series `seed` start from: their noise, their classes, and the network."""

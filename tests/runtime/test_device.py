@@ -1,9 +1,14 @@
 """The device and what it can do."""
 
+import sysconfig
+
 import pytest
 import torch
 
-from src.runtime.device import is_out_of_memory, memory_advice
+from src.runtime import device
+from src.runtime.device import compiled, compiler_fault, is_out_of_memory, memory_advice, should_compile
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 # --- memory -------------------------------------------------------------------------------------------
 
@@ -36,3 +41,54 @@ def test_the_advice_on_memory_keeps_the_effective_batch(batch, passes, advice):
 )
 def test_running_out_of_memory_is_told_from_our_bugs(error, is_memory):
     assert is_out_of_memory(error) == is_memory
+
+
+# --- the compiler -------------------------------------------------------------------------------------
+
+
+def raising(error):
+    def call(*args, **options):
+        raise error
+
+    return call
+
+
+@pytest.mark.parametrize(("where", "variable", "package"), [(CPU, "CXX", "g++"), (CUDA, "CC", "gcc")])
+def test_a_compiler_that_is_not_there_is_named_before_it_is_needed(monkeypatch, where, variable, package):
+    monkeypatch.setenv(variable, "/nonexistent/cc -O2")
+    advice = f"torch.compile needs /nonexistent/cc; not found. Run 'apt install {package}', or set {variable}."
+    assert compiler_fault(where) == advice
+    monkeypatch.delenv(variable)
+    monkeypatch.setenv("PATH", "")
+    assert compiler_fault(where).startswith(f"torch.compile needs {package} or clang")
+
+
+@pytest.mark.parametrize("where", [CPU, CUDA])
+def test_a_header_that_is_not_there_is_named_too(monkeypatch, tmp_path, where):
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    assert compiler_fault(where).startswith(f"torch.compile needs {tmp_path}/Python.h; not found. Run 'apt install python3.")
+
+
+def test_a_compiler_that_fails_is_found_out_on_a_small_network(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda network: raising(ValueError("ld: cannot find -lc\nmore lines")))
+    assert compiler_fault(CPU) == "torch.compile failed on a small network (ValueError: ld: cannot find -lc)."
+    monkeypatch.setattr(torch, "compile", lambda network: network)
+    assert compiler_fault(CPU) == ""
+
+
+def test_compiling_has_to_pay(monkeypatch, capsys):
+    monkeypatch.setattr(device, "compiler_fault", lambda device: "")
+    assert should_compile("auto", CUDA) and should_compile("auto", CUDA, 2000) and not should_compile("auto", CUDA, 1999)
+    assert not should_compile("auto", CPU) and not should_compile("false", CUDA)
+    assert should_compile("true", CPU, 0) and should_compile("true", CUDA, 0)
+    monkeypatch.setattr(device, "compiler_fault", lambda device: "there is no compiler.")
+    assert not should_compile("auto", CUDA) and not should_compile("true", CPU)
+    assert capsys.readouterr().out == 2 * "Warning: the network is not compiled and runs more slowly: there is no compiler.\n"
+
+
+def test_an_error_of_the_network_itself_is_not_laid_to_the_compiler(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda network: network)
+    with pytest.raises(ValueError, match="our own"):
+        compiled(raising(ValueError("our own")))(1)
+    with pytest.raises(torch.OutOfMemoryError):
+        compiled(raising(torch.OutOfMemoryError("CUDA out of memory")))(1)

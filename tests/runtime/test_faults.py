@@ -327,6 +327,43 @@ def memory_while_drawing(run, trained):
     return process
 
 
+# --- the compiler -------------------------------------------------------------------------------------
+
+
+@fault("The compiler is not there")
+def no_compiler(run):
+    process = run.start_train('import os; os.environ["CXX"] = "/nonexistent"', COMPILE=True).wait()
+    assert process.out.index("Warning: ") < process.out.index("80 images"), "before data are decoded"
+    assert run.state()["step"] == 30
+    return process
+
+
+FAILING = """
+import torch, src.runtime.device as d
+d.compiler_fault = lambda device: ""
+
+def compile(network):
+    def fail(*args):
+        raise RuntimeError("the compiler does not know this layer")
+    return fail
+
+torch.compile = compile
+"""
+
+
+@fault("The compilation fails")
+def compilation_fails(run):
+    plain = run.to("plain")
+    plain.train()
+    process = run.start_train(FAILING, COMPILE=True).wait()
+    assert process.out.count("Warning: ") == 1, "then the compiler is asked no more"
+    assert differences(run.state(), plain.state()) == []
+    checkpoint = run.folder / "checkpoints" / "best.pth"
+    drawn = run.sample("--checkpoint", checkpoint, "--num_samples", 2, "--steps", 2, "--compile", "true", setup=FAILING)
+    assert "Warning: the network is not compiled" in drawn.out
+    return process
+
+
 # --- disk ---------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import config
 import train
@@ -13,6 +14,7 @@ from src.dataset import DeviceImages, TrainBatches
 from src.runtime.build import build_diffusion, build_model, build_validation
 from src.runtime.device import InPrecision, place
 from src.runtime.distributed import World
+from src.runtime.kernels import speed_up
 from src.runtime.monitor import Meter
 from src.runtime.settings import resolve
 from src.runtime.signals import StopRequest
@@ -133,6 +135,25 @@ def test_a_blocking_copy_to_the_device_is_told(device):
     assert device.copies == [Copy(16, False), Copy(24, False), Copy(16, True), Copy(16, False)]
 
 
+def test_in_bf16_no_product_is_in_float32_but_the_last_convolution():
+    """So float32_matmul_precision ("high", TF32) changes nothing in such a step; cuDNN's convolutions take TF32 by default."""
+    s = resolve(config, FLAGS.split()).settings
+    model, found = build_model(s, 10).to(memory_format=torch.channels_last), []
+    speed_up(model, CUDA, torch.bfloat16)
+    network = InPrecision(model, torch.device("cpu"), torch.bfloat16)
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if any(word in func.overloadpacket.__name__ for word in ("mm", "convolution", "attention")):
+                found.append((func.overloadpacket.__name__, next(a.dtype for a in args if isinstance(a, torch.Tensor))))
+            return func(*args, **(kwargs or {}))
+
+    with Products():
+        network(torch.randn(2, 3, 16, 16), torch.zeros(2, dtype=torch.int64)).square().mean().backward()
+    assert {name for name, dtype in found if dtype == torch.float32} == {"convolution", "convolution_backward"}
+    assert sum(dtype == torch.float32 for _, dtype in found) == 2 and len(found) > 40
+
+
 # --- validation and sampling ------------------------------------------------------------------------------
 
 
@@ -150,7 +171,7 @@ def test_a_validation_batch_neither_waits_nor_copies_back_up_to_the_loss(device,
         losses = diffusion.validation_losses(network, *batch)
         if count == 3:
             break
-    assert losses.shape == (16,) and losses.device == CUDA
+    assert losses.shape == (16,) and losses.device == CUDA, "four times the batch of training"
     assert [copy.non_blocking for copy in device.copies] == [True] * 9, "rows, t, keys for each"
     assert not device.doubles
 

@@ -4,11 +4,22 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from src.model import Attention, Upsample
-from src.runtime.kernels import FormulaAttention, FourProductUpsample, LowPrecisionNorm, QuickNorm, speed_up, swaps
+from src.model import Attention, ResBlock, Upsample
+from src.runtime.kernels import (
+    FormulaAttention,
+    FourProductUpsample,
+    LeanResBlock,
+    LowPrecisionNorm,
+    QuickNorm,
+    norm_silu,
+    speed_up,
+    swaps,
+)
 from tests.test_model import batch, gradients, tiny
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -146,6 +157,100 @@ def test_a_second_derivative_is_refused_and_not_wrong():
         torch.autograd.grad(norm(x).sum(), x, create_graph=True)
 
 
+# --- norm and SiLU in one, for CUDA -----------------------------------------------------------------------
+
+
+def norm_and_inputs(with_scale, dtype=torch.float64, layout=torch.channels_last, batch=2, channels=12, size=3):
+    """A norm of 3 groups, and x, scale and shift that need gradients."""
+    norm = nn.GroupNorm(3, channels).to(torch.promote_types(dtype, torch.float32))
+    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    x = random(batch, channels, size, size, dtype=dtype, layout=layout)
+    return norm, [x, *([random(batch, channels, dtype=dtype), random(batch, channels, dtype=dtype)] if with_scale else [])]
+
+
+def plain_norm_silu(norm, x, scale=None, shift=None):
+    h = F.group_norm(x, norm.num_groups, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
+    return F.silu(h if scale is None else h * (1 + scale[:, :, None, None]) + shift[:, :, None, None])
+
+
+class NormSiLU(nn.Module):
+    def __init__(self, norm, function):
+        super().__init__()
+        self.norm, self.function = norm, function
+
+    def forward(self, *inputs):
+        return self.function(self.norm, *inputs)
+
+
+@pytest.mark.parametrize("with_scale", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_norm_and_silu_in_one_are_the_norm_and_silu(with_scale, layout):
+    norm, inputs = norm_and_inputs(with_scale, layout=layout)
+    ours, theirs = (values_and_gradients(NormSiLU(norm, f), *inputs) for f in (norm_silu, plain_norm_silu))
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    assert ours[0].is_contiguous(memory_format=layout)
+    weights = (norm.weight.detach().requires_grad_(), norm.bias.detach().requires_grad_())
+
+    def function(weight, bias, *inputs):
+        return torch.func.functional_call(NormSiLU(norm, norm_silu), {"norm.weight": weight, "norm.bias": bias}, inputs)
+
+    assert torch.autograd.gradcheck(function, (*weights, *inputs))
+
+
+@pytest.mark.parametrize("with_scale", [False, True])
+def test_in_bf16_it_is_as_near_to_float64_as_the_plain_one(with_scale):
+    norm, inputs = norm_and_inputs(with_scale, torch.bfloat16, channels=48, size=8)
+    exact_inputs = [a.detach().double().requires_grad_() for a in inputs]
+    exact = values_and_gradients(NormSiLU(copy.deepcopy(norm).double(), plain_norm_silu), *exact_inputs)
+    errors = [
+        [((a.double() - b).norm() / b.norm()).item() for a, b in zip(values_and_gradients(NormSiLU(norm, f), *inputs), exact)]
+        for f in (norm_silu, plain_norm_silu)
+    ]
+    assert all(ours < 1.2 * theirs + 1e-3 for ours, theirs in zip(*errors)), errors
+
+
+def bytes_kept(function, *inputs) -> int:
+    """For the backward pass: each storage once, and those of parameters left out."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor):
+        if not isinstance(tensor, nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = function(*inputs)
+    assert out.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize(("with_scale", "theirs"), [(False, 2), (True, 3)])
+def test_norm_and_silu_in_one_keep_their_input_alone(with_scale, theirs):
+    norm, (x, *rest) = norm_and_inputs(with_scale, torch.bfloat16, batch=4, channels=96, size=32)
+    assert bytes_kept(NormSiLU(norm, norm_silu), x, *rest) == pytest.approx(x.nbytes, rel=0.02)
+    assert bytes_kept(NormSiLU(norm, plain_norm_silu), x, *rest) == pytest.approx(theirs * x.nbytes, rel=0.02)
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_lean_block_is_a_residual_block_compiled_or_not(backend):
+    block = ResBlock(16, 32, 24, 8, dropout=0.0)
+    nn.init.normal_(block.conv_2.weight, std=0.1), nn.init.normal_(block.norm_2.bias)
+    x, emb = random(2, 16, 8, 8, dtype=torch.float32, layout=torch.channels_last), random(2, 24, dtype=torch.float32)
+    lean = swapped(block, LeanResBlock)
+    call = torch.compile(lean, fullgraph=True, backend=backend) if backend else lean
+    ours = call(x, emb), *torch.autograd.grad(call(x, emb).square().sum(), [x, emb, *lean.parameters()])
+    theirs = block(x, emb), *torch.autograd.grad(block(x, emb).square().sum(), [x, emb, *block.parameters()])
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_a_second_derivative_of_it_is_refused_too():
+    norm, (x,) = norm_and_inputs(with_scale=False)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(norm_silu(norm, x).sum(), x, create_graph=True)
+
+
 # --- attention and up-sampling ----------------------------------------------------------------------------
 
 
@@ -155,6 +260,24 @@ def test_attention_by_its_formula_is_attention():
     x = random(2, 128, 4, 4)
     for ours, plain in zip(values_and_gradients(swapped(layer, FormulaAttention), x), values_and_gradients(layer, x)):
         torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_in_channels_last_copies_nothing_large_forward(dtype):
+    """So the fused kernel gets q, k and v as views of one product, and its result is read as it lies."""
+    layer = Attention(128, 8)
+    layer.norm.__class__ = LowPrecisionNorm
+    x, moved = random(2, 128, 8, 8, dtype=dtype, layout=torch.channels_last), []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket.__name__ in ("clone", "copy_", "contiguous", "cat", "_to_copy"):
+                moved.extend(a for a in args if isinstance(a, torch.Tensor) and a.shape[0] == 2)
+            return func(*args, **(kwargs or {}))
+
+    with Copies(), torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
+        y = layer(x)
+    assert not moved and y.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 import evaluate
 import sample
+from src.runtime.distributed import World
 from src.runtime.pipeline import Pipeline
 from src.utils import FlagError
 
@@ -32,6 +33,30 @@ def test_a_compiled_network_meets_one_shape_and_draws_the_same_pictures(trained,
     assert [number for batch in numbers for number in batch] == [0, 1, 2, 3, 4]
     assert (torch.cat(pictures).int() - plain.int()).abs().max() <= 1  # grey level
     assert sizes == ({2} if is_compiled else {2, 1})
+
+
+@pytest.mark.parametrize(
+    ("flags", "count", "processes", "calls"),
+    [
+        ("", 64, 1, 20),
+        ("", 50_000, 1, 782 * 20),
+        ("", 50_000, 8, 782 * 20 / 8),
+        ("--sampler ddpm --steps 50", 640, 1, 500),
+        ("--guidance 2", 65, 1, 80),
+        ("--compile true", 64, 1, 0),
+    ],
+)
+def test_the_network_is_compiled_for_as_many_calls_as_drawing_takes(
+    trained_with_classes, monkeypatch, flags, count, processes, calls
+):
+    asked = []
+    monkeypatch.setattr("src.runtime.pipeline.should_compile", lambda choice, device, calls: bool(asked.append(calls)))
+    monkeypatch.setattr(Pipeline, "seconds_per_call", lambda *_: 1.0)
+    checkpoint = trained_with_classes.folder / "checkpoints" / "best.pth"
+    pipeline = Pipeline(sample.read_flags(["--checkpoint", str(checkpoint), "--device", "cpu", *flags.split()]))
+    pipeline.world = World(size=processes)
+    pipeline.prepare(count, 64)
+    assert asked == ([0] if flags == "--compile true" else [0, calls])
 
 
 @pytest.mark.parametrize("guidance", [0, 2.5])
