@@ -216,8 +216,7 @@ def judge(
     """The validation loss and best.pth; every SAMPLE_EVERY epochs a preview, every SAVE_EVERY a checkpoint to keep."""
     progress, step, epoch = checkpoints.progress, checkpoints.progress.step, checkpoints.progress.epoch
 
-    def is_due(every: int) -> bool:
-        """Whether a multiple of `every` epochs lies after the last validation."""
+    def is_due(every: int) -> bool:  # whether a multiple of so many epochs lies after the last validation
         return epoch // every > (epoch - s.VAL_EVERY) // every
 
     with stop.postponed("validation"):
