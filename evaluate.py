@@ -32,7 +32,7 @@ from src.runtime.flags import PATH, TRUTH, FlagParser, Kind, number, text, whole
 from src.runtime.pipeline import add_checkpoint_flags, add_drawing_flags, check_drawing_flags, checkpoint_of, duration
 from src.runtime.settings import KINDS
 from src.runtime.signals import StopRequest, run_script
-from src.utils import FlagError, UserError
+from src.utils import FlagError, UserError, count
 
 LOSS_BINS = 20
 FEWEST = 10  # pictures that the Inception Score, precision and recall need
@@ -140,9 +140,9 @@ def check_data(ev: Evaluation) -> None:
             raise FlagError("--samples, --reference: both are the same pictures; a set compared with itself says nothing.")
         if min(samples, reference) < max(flags.kid_subset_size, FEWEST):
             raise UserError(
-                f"There are {samples:,} samples and {reference:,} reference pictures, but KID compares subsets of "
-                f"{flags.kid_subset_size:,}, and precision, recall and the Inception Score need {FEWEST}. Use more pictures, "
-                f"e.g. with --num_samples, or a smaller --kid_subset_size."
+                f"There are {count(samples, 'sample')} and {count(reference, 'reference picture')}, but KID compares "
+                f"subsets of {flags.kid_subset_size:,}, and precision, recall and the Inception Score need {FEWEST}. Use more "
+                f"pictures, e.g. with --num_samples, or a smaller --kid_subset_size."
             )
     if ev.world.is_main and (flags.fid or (flags.nearest and flags.features)):
         from src.evaluation.distribution import FeatureNetwork  # here, because torch-fidelity takes seconds
@@ -157,15 +157,15 @@ def measure_bound(ev: Evaluation) -> dict[str, Any]:
     """Ho et al. 2020, Eq. (5), on validation pictures, in bits per dimension. See src/evaluation/likelihood.py."""
     pipeline, flags, s = ev.pipeline, ev.flags, ev.settings
     images = DeviceImages(ev.split("val"), pipeline.device)
-    count = min(s.VAL_IMAGES, len(images))
+    number = min(s.VAL_IMAGES, len(images))
     parts = likelihood.strata(s.TIME_STEPS, s.TIME_STEPS if flags.exact else min(flags.nll_steps or 20, s.TIME_STEPS))
-    seconds = pipeline.seconds_per_call(count, flags.batch_size) * count * len(parts) / ev.world.size
+    seconds = pipeline.seconds_per_call(number, flags.batch_size) * number * len(parts) / ev.world.size
     way = "every step" if len(parts) == s.TIME_STEPS else f"{len(parts)} of {s.TIME_STEPS:,} steps, drawn for each picture"
-    say("bound", f"{count:,} validation pictures, {way}: about {duration(seconds)}")
+    say("bound", f"{count(number, 'validation picture')}, {way}: about {duration(seconds)}")
 
-    rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(noise.VALIDATION))[:count]
-    nats = torch.zeros(count, 1 + len(parts), dtype=torch.float64)  # of each picture: the prior, then each part
-    starts = ev.world.shard(range(0, count, flags.batch_size))
+    rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(noise.VALIDATION))[:number]
+    nats = torch.zeros(number, 1 + len(parts), dtype=torch.float64)  # of each picture: the prior, then each part
+    starts = ev.world.shard(range(0, number, flags.batch_size))
     with tqdm(total=len(starts) * len(parts), unit="step", disable=ev.world.hides_bars, dynamic_ncols=True) as bar:
         for start in starts:
             batch = rows[start : start + flags.batch_size]
@@ -188,7 +188,7 @@ def measure_bound(ev: Evaluation) -> dict[str, Any]:
     ev.curve("bound/bits_per_dimension_from_t_on", [(part[0], sum(sums[k:])) for k, part in enumerate(parts)])
     return {
         "bits_per_dimension": figures,
-        "pictures": ev.validation(count),
+        "pictures": ev.validation(number),
         "steps": way,
         "variance": "beta_tilde, the mean from x_0 clipped to [-1, 1], discrete decoder (DDPM, Eq. 13)",
         "seed": flags.seed,
@@ -203,11 +203,9 @@ def measure_loss(ev: Evaluation) -> dict[str, Any]:
     """The validation loss of train.py, on the same pictures, steps and noise, and the squared error of the noise by t."""
     pipeline, flags, s = ev.pipeline, ev.flags, ev.settings
     images = DeviceImages(ev.split("val"), pipeline.device)
-    count = min(s.VAL_IMAGES, len(images))
-    seconds = (
-        pipeline.seconds_per_call(count, flags.batch_size) * max(s.VAL_IMAGES, 500) / ev.world.size
-    )  # see validation_batches
-    say("loss", f"{count:,} validation pictures: about {duration(seconds)}")
+    number = min(s.VAL_IMAGES, len(images))
+    seconds = pipeline.seconds_per_call(number, flags.batch_size) * max(s.VAL_IMAGES, 500)  # draws, see ValidationBatches
+    say("loss", f"{count(number, 'validation picture')}: about {duration(seconds / ev.world.size)}")
     sums = torch.zeros(2, s.TIME_STEPS, dtype=torch.float64)  # of the losses and of the draws at each t
     for batch in tqdm(build_validation(s, images, ev.world, flags.batch_size), disable=ev.world.hides_bars, unit="batch"):
         loss = pipeline.diffusion.eps_losses(pipeline.network, *batch).cpu().double()
@@ -224,7 +222,7 @@ def measure_loss(ev: Evaluation) -> dict[str, Any]:
         return {}
     ev.curve("loss/eps_by_t", [((row["t_from"] + row["t_to"]) // 2, row["loss"]) for row in by_t])
     weighted = losses * pipeline.diffusion.val_weight.cpu()
-    return {"held_out": (weighted.sum() / draws.sum()).item(), "pictures": ev.validation(count), "by_t": by_t}
+    return {"held_out": (weighted.sum() / draws.sum()).item(), "pictures": ev.validation(number), "by_t": by_t}
 
 
 def evaluate(flags: Namespace, world: World) -> None:

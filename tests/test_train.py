@@ -165,7 +165,7 @@ def test_tensorboard_shows_curves_grids_and_settings_from_either_folder(trained,
     assert folders, f"TensorBoard finds no events below {folder}"
     tags = trained.events(os.path.relpath(folders[0], trained.folder)).Tags()
     assert set(tags["scalars"]) == {
-        *("loss/train", "loss/val", *(f"loss_by_t/{q}" for q in ("1_least_noise", "2", "3", "4_most_noise"))),
+        *("loss/train", "loss/val", *(f"loss_by_t/t {q}" for q in ("0-12", "13-24", "25-37", "38-49"))),
         *("optimizer/learning_rate", "optimizer/gradient_norm", "progress/epoch"),
         *("speed/images_per_second", "speed/peak_memory_GiB"),
     }

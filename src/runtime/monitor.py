@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Iterable
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,7 +30,6 @@ from src.utils import count, printable, writing
 
 FEW_STEPS = 2000  # fewer in all are warned about
 SECONDS_PER_LINE = 60  # between lines of progress where there is no terminal for a bar
-QUARTERS = ("1_least_noise", "2", "3", "4_most_noise")  # of [0, T)
 
 
 class Meter:
@@ -78,7 +78,9 @@ class Meter:
         self.sums.zero_()
         self.norms.zero_()
         totals = {"loss/train": (sum(losses), sum(images)), "optimizer/gradient_norm": (norm, steps)}
-        totals |= {f"loss_by_t/{q}": (loss, n) for q, loss, n in zip(QUARTERS, losses, images)}
+        ends = [-(-q * self.time_steps // 4) for q in range(5)]  # a name such as "t 250-499"; 0 is the least noise
+        tags = [f"loss_by_t/t {first}-{end - 1}" for first, end in pairwise(ends)]
+        totals |= {tag: (loss, n) for tag, loss, n in zip(tags, losses, images)}
         return {tag: total / count for tag, (total, count) in totals.items() if count}
 
 
