@@ -97,7 +97,7 @@ def measure_checkpoint(args: Args, table: Table) -> None:
     exact = diffusion.sample(model, shape, "ddim", **options)
     for sampler in SAMPLED:
         for steps in args.steps:
-            ends = {spacing: diffusion.sample(model, shape, sampler, steps, spacing, **options) for spacing in SPACINGS}
+            ends = {spacing: diffusion.sample(model, shape, sampler, steps, spacing=spacing, **options) for spacing in SPACINGS}
             errors = {spacing: (end - exact).square().mean((1, 2, 3)).sqrt().mean().item() for spacing, end in ends.items()}
             brighter = {f"brighter_{spacing}": (end - exact).mean().item() for spacing, end in ends.items()}
             table.add(sampler=sampler, steps=steps, **errors, ratio=errors["logsnr"] / errors["even"], **brighter)

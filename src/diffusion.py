@@ -170,10 +170,10 @@ class GaussianDiffusion(nn.Module):
 
     # --- reverse process: Alg. 2 and its faster relatives in samplers.py ---------------------------------
 
-    def path(self, steps: int | None = None, spacing: str = "logsnr") -> list[Step]:
+    def path(self, steps: int | None = None, spacing: str | None = None) -> list[Step]:
         """`steps` steps from pure noise to the clean image; the first is T - 1. Any number from 1 to T; None is all T.
-        spacing: a name in SPACINGS; it makes a difference for fewer steps than T."""
-        steps = self.time_steps if steps is None else steps
+        spacing: a name in SPACINGS, None is "logsnr"; it makes a difference for fewer steps than T."""
+        steps, spacing = self.time_steps if steps is None else steps, spacing or "logsnr"
         if not 1 <= steps <= self.time_steps:
             raise ValueError(f"steps is {steps}, expected a number from 1 to {self.time_steps}, the model's TIME_STEPS")
         if spacing not in SPACINGS:
@@ -220,7 +220,6 @@ class GaussianDiffusion(nn.Module):
         shape: tuple[int, ...],
         sampler: str = "ddpm",
         steps: int | None = None,
-        spacing: str = "logsnr",
         eta: float = 0.0,
         noise: Tensor | Callable[[int], Tensor] | None = None,
         generator: torch.Generator | None = None,
@@ -228,6 +227,7 @@ class GaussianDiffusion(nn.Module):
         guidance: float = 1.0,
         clip_denoised: bool = True,
         progress: bool = False,
+        spacing: str | None = None,
     ) -> Tensor:
         """Draw images by Alg. 2 or a faster sampler.
 
