@@ -225,14 +225,14 @@ def print_plan(
         "logs in": s.folder("LOG_PATH").resolve(),
     }.items():
         print(f"{title:<9} {text}", flush=True)
-    for warning in warnings_of(s, last_step, batches.steps_per_epoch):
+    for warning in warnings_of(s, last_step, batches.steps_per_epoch, starts_from_noise=not run.init_from):
         print(f"Warning: {warning}", flush=True)
 
 
-def warnings_of(s: Settings, last_step: int, steps_per_epoch: int) -> list[str]:
+def warnings_of(s: Settings, last_step: int, steps_per_epoch: int, starts_from_noise: bool = True) -> list[str]:
     """What makes a run fail in silence: one sentence each, with what to type instead."""
     found = []
-    if last_step < FEW_STEPS:
+    if starts_from_noise and last_step < FEW_STEPS:
         found.append(
             f"{count(last_step, 'step')} in all: most networks draw only noise before some thousands. "
             f"Use --max_steps 10000, or for a folder of 100 to 1,000 pictures --preset small."
