@@ -260,12 +260,11 @@ def preview(
     device, shape, steps = diffusion.signal.device, (3, s.IMAGE_SIZE, s.IMAGE_SIZE), min(s.PREVIEW_STEPS, s.TIME_STEPS)
     pictures = torch.zeros(s.NUM_SAMPLES, *shape, dtype=torch.uint8)
     labels = torch.arange(s.NUM_SAMPLES) % len(classes)
-    guidance = s.PREVIEW_GUIDANCE if s.CLASS_CONDITIONAL and s.LABEL_DROPOUT else 1.0
     batches = torch.arange(s.NUM_SAMPLES).split(world.local_batch_size(s.BATCH_SIZE))
     for indices in monitor.track("preview", world.shard(batches)):
         x_T = noise.PictureNoise(s.SEED, indices.tolist(), shape, device)
         y = labels[indices].to(device) if s.CLASS_CONDITIONAL else None
-        images = diffusion.sample(network, (len(indices), *shape), "dpm++", steps, noise=x_T, y=y, guidance=guidance)
+        images = diffusion.sample(network, (len(indices), *shape), "dpm++", steps, noise=x_T, y=y, guidance=s.guidance)
         pictures[indices] = to_uint8(images)
     pictures = world.sum(pictures)  # those of the other processes are zero here
     if not s.CLASS_CONDITIONAL:

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -72,6 +73,14 @@ def test_val_every_epochs_are_judged_drawn_and_kept_at_the_next_of_them(run):
     assert [step for step, _ in run.scalars()["loss/val"]] == [20, 40, 50]
     assert {Path(name).name for name in run.files("*.png")} == {"epoch_004.png", "epoch_005.png"}
     assert {"epoch_004.pth", "epoch_005.pth"} == {Path(name).name for name in run.files("epoch_*.pth")}
+
+
+def test_the_closing_hint_draws_also_where_no_label_was_hidden(run):
+    said = run.train(CLASS_CONDITIONAL=True, LABEL_DROPOUT=0, max_steps=2).out
+    assert "--guidance" not in said
+    run.sample(*re.search(r"python sample.py (.*)", said)[1].split(), "--num_samples", 1)
+    hint = run.to("guided").train(CLASS_CONDITIONAL=True, max_steps=2).out
+    run.to("guided").sample(*re.search(r"python sample.py (.*--guidance 2)", hint)[1].split(), "--num_samples", 1)
 
 
 def first_gradient(run, **settings):

@@ -258,5 +258,5 @@ def print_summary(s: Settings, step: int, last_step: int) -> None:
         return
     is_default = s.RUN and Path(s.CHECKPOINT_PATH) == Path("checkpoints")
     which = f"--run {s.RUN}" if is_default else f"--checkpoint {shlex.quote(str(best))}"
-    guidance = f" --guidance {s.PREVIEW_GUIDANCE:g}" if s.CLASS_CONDITIONAL and s.PREVIEW_GUIDANCE != 1 else ""
+    guidance = f" --guidance {s.guidance:g}" if s.guidance != 1 else ""
     print(f"Done: step {step:,}. Draw pictures with: python sample.py {which}{guidance}")

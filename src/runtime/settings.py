@@ -75,6 +75,11 @@ class Settings:
         """CHECKPOINT_PATH, OUTPUT_PATH or LOG_PATH of this run: RUN is a sub-folder of each."""
         return Path(getattr(self, name), self.RUN)
 
+    @property
+    def guidance(self) -> float:
+        """What previews are drawn with. Only a network that has seen hidden labels can be guided."""
+        return self.PREVIEW_GUIDANCE if self.CLASS_CONDITIONAL and self.LABEL_DROPOUT else 1.0
+
 
 KINDS = {setting.name: dict(setting.metadata) for setting in fields(Settings)}
 IN_TABLE = "config.py: {}[{!r}] sets "
