@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of each pytest process, before it imports torch: there are two
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of each pytest process, before it imports torch: there may be several
 
 from tests.runs import Runner, Zygote, make_pictures
 
