@@ -34,6 +34,7 @@ from src.utils import (
     FlagError,
     UserError,
     atomic_file,
+    count,
     flush_folder,
     grid,
     labelled_sheet,
@@ -173,15 +174,16 @@ def walk(pipeline: Pipeline, points: Points, steps: int) -> Callable:
 
 def draw(pipeline: Pipeline, flags: Namespace, out: Path, points: Points) -> None:
     """Draw the pictures that are missing in out/images, this process its part of them, and denoising.gif."""
-    first, count = flags.start_index, flags.num_samples
+    first, number = flags.start_index, flags.num_samples
     if points:
-        first, count = 0, (len(points) - 1) * (flags.interp_steps - 1) + 1
+        first, number = 0, (len(points) - 1) * (flags.interp_steps - 1) + 1
     there = pictures_of(out / "images")
     gif = out / "denoising.gif"
     is_wanted = flags.gif and not points and not gif.exists()
-    missing = [i for i in range(first, first + count) if i not in there or (is_wanted and i < first + flags.batch_size)]
+    missing = [i for i in range(first, first + number) if i not in there or (is_wanted and i < first + flags.batch_size)]
     seconds = pipeline.prepare(len(missing), flags.batch_size)
-    print(f"drawing    {len(missing):,} pictures by {flags.sampler} in {pipeline.steps:,} steps: about {duration(seconds)}")
+    how = f"{flags.sampler} in {count(pipeline.steps, 'step')}"
+    print(f"drawing    {count(len(missing), 'picture')} by {how}: about {duration(seconds)}")
 
     frames: list[Tensor] | None = [] if is_wanted else None
     start = walk(pipeline, points, flags.interp_steps) if points else partial(pipeline.start, flags.seed)
@@ -274,7 +276,7 @@ def sample(flags: Namespace, world: World) -> None:
     world.barrier()
     if world.is_main:
         names = finish(pipeline, flags, out, points)
-        print(f"Done in {duration(time.perf_counter() - start)}: {out}{'/'} has images, {', '.join(names)}")
+        print(f"Done in {duration(time.perf_counter() - start)}: {out}/ has images, {', '.join(names)}")
 
 
 def main() -> int:

@@ -103,9 +103,9 @@ def even(abar: Tensor, steps: int) -> list[int]:
 
 
 def logsnr(abar: Tensor, steps: int) -> list[int]:
-    """Evenly spaced in the log-SNR, from noise 50 times as strong as the signal to 0.02, which stands for the clean image.
-    The ends are cut because the cosine schedule has a third of its log-SNR in its last three t. docs/performance.md shows
-    what it gains over `even`, with every sampler."""
+    """Evenly spaced in the log-SNR, as Lu et al. 2022 (arXiv:2206.00927) take them, but from noise 50 times as strong as the
+    signal to 0.02, which stands for the clean image. The ends are cut because the cosine schedule has a third of its log-SNR
+    in its last three t. docs/performance.md shows what it gains over `even`, with every sampler. abar: [T]."""
     log_noise = (1 / abar - 1).log() / 2  # ln(sigma / signal) at each t
     times = [len(abar) - 1]
     for i in range(1, steps):

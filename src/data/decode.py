@@ -81,23 +81,18 @@ def check_tiff(image: Image.Image, data: bytes) -> None:
                 raise OSError("a strip is truncated")
 
 
-class decoding:
-    """`with decoding(name):` turns what a damaged picture raises (OSError, SyntaxError, ...) into a UserError that names it."""
-
-    def __init__(self, name: str | os.PathLike):
-        self.name = name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception):
-            what = f"cannot be decoded ({next(iter(str(error).splitlines()), '') or type(error).__name__})"
-            if isinstance(error, Image.DecompressionBombError):
-                what = f"has too many pixels ({error}). Make it smaller"
-            if isinstance(error, Image.UnidentifiedImageError):
-                what = "is not a picture of a kind that can be read, or is damaged at its start"
-            raise UserError(f"{self.name} {what}. Delete it or move it elsewhere to go on without it.") from error
+@contextlib.contextmanager
+def decoding(name: str | os.PathLike) -> Iterator[None]:
+    """Turn what a damaged picture raises (OSError, SyntaxError, ...) into a UserError that names it."""
+    try:
+        yield
+    except Exception as error:  # as many kinds as there are ways to damage a picture
+        what = f"cannot be decoded ({next(iter(str(error).splitlines()), '') or type(error).__name__})"
+        if isinstance(error, Image.DecompressionBombError):
+            what = f"has too many pixels ({error}). Make it smaller"
+        if isinstance(error, Image.UnidentifiedImageError):
+            what = "is not a picture of a kind that can be read, or is damaged at its start"
+        raise UserError(f"{name} {what}. Delete it or move it elsewhere to go on without it.") from error
 
 
 def name_of(image: Image.Image) -> str:

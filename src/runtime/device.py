@@ -141,7 +141,7 @@ def describe(device: torch.device) -> str:
         return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
     if device.type == "mps":
         return f"Apple GPU ({platform.processor()})"
-    return f"CPU, {torch.get_num_threads()} threads"
+    return f"CPU, {count(torch.get_num_threads(), 'thread')}"
 
 
 def synchronize(device: torch.device) -> None:
