@@ -34,6 +34,7 @@ from src.utils import (
     FlagError,
     UserError,
     atomic_file,
+    class_columns,
     count,
     flush_folder,
     grid,
@@ -216,8 +217,10 @@ def finish(pipeline: Pipeline, flags: Namespace, out: Path, points: Points) -> l
             if flags.gif:
                 save_gif([load(path) for path in there.values()], out / "interpolation.gif")
         else:
-            names = [pipeline.classes[pipeline.label(i)] for i in list(there)[: len(shown)]] if pipeline.labels else []
-            sheet = labelled_sheet(shown, names, columns=min(10, len(pipeline.labels or []))) if names else grid(shown)
+            sheet = grid(shown)
+            if pipeline.labels:
+                names = [pipeline.classes[pipeline.label(i)] for i in list(there)[: len(shown)]]
+                sheet = labelled_sheet(shown, names, class_columns(len(pipeline.labels)))
             save_png(sheet, out / "grid.png")
             save_labels(out / "labels.csv", pipeline, flags.seed, there)
         if flags.npz:

@@ -51,7 +51,7 @@ from src.runtime.folders import FolderLock, claim
 from src.runtime.monitor import Meter, Monitor, print_plan, print_summary
 from src.runtime.settings import Run, Settings, as_flags, differences, resolve
 from src.runtime.signals import StopRequest, run_script
-from src.utils import UserError, grid, labelled_sheet, make_folder, save_png, to_uint8, writing
+from src.utils import UserError, class_columns, grid, labelled_sheet, make_folder, save_png, to_uint8, writing
 
 LR_FLOOR = 0.01  # of LEARNING_RATE: what a decaying schedule ends at
 
@@ -269,7 +269,7 @@ def preview(
     pictures = world.sum(pictures)  # those of the other processes are zero here
     if not s.CLASS_CONDITIONAL:
         return grid(pictures)
-    return labelled_sheet(pictures, [classes[label] for label in labels], columns=min(10, len(classes)))
+    return labelled_sheet(pictures, [classes[label] for label in labels], class_columns(len(classes)))
 
 
 def main() -> int:

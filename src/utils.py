@@ -142,9 +142,14 @@ def grid(images: Tensor, columns: int | None = None) -> Tensor:
     return make_grid(images, nrow=columns or next(full_rows, root), padding=2, pad_value=32)
 
 
+def class_columns(classes: int) -> int:
+    """Columns of a sheet whose pictures take the classes in turn: about 10, and each column holds one class if it can."""
+    return 10 // classes * classes or 10
+
+
 def labelled_sheet(images: Tensor, names: Sequence[str], columns: int) -> Tensor:
     """A grid with a name under each image. images: [B, 3, S, S] uint8. Returns [3, H, W] uint8."""
-    font, line = ImageFont.load_default(size=11), 14
+    font, line, columns = ImageFont.load_default(size=11), 14, min(columns, len(images))
     size = images.shape[-1]
     zoom = max(1, round(96 / size))  # wide enough for a name
     width, height = size * zoom + 4, size * zoom + line + 4

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from src.runtime.pipeline import parse_classes
-from src.utils import FlagError, labelled_sheet
+from src.utils import FlagError, class_columns, labelled_sheet
 
 CLASSES = ["goldfish", "Egyptian cat", "tailed frog", "bullfrog", "school bus"]
 IDS = ["n01443537", "n02124075", "n01644900", "n01641577", "n04146614"]
@@ -106,3 +106,12 @@ def test_the_sheet_shows_every_picture_with_ink_under_it(size):
         assert (tile[:, 2:-16, 2:-2] == level).all()
         assert tile[:, -14:].max() > 150  # the name, white on dark
         assert (tile[:, -14:, -2:] == 32).all()  # and no name runs into its neighbour
+
+
+@pytest.mark.parametrize("classes, columns", [(1, 10), (2, 10), (3, 9), (4, 8), (6, 6), (7, 7), (10, 10), (11, 10), (200, 10)])
+def test_a_column_of_the_sheet_holds_one_class_and_few_classes_make_no_strip(classes, columns):
+    assert class_columns(classes) == columns
+    sheet = labelled_sheet(torch.zeros(20, 3, 96, 96, dtype=torch.uint8), ["name"] * 20, columns)
+    assert sheet.shape == (3, -(-20 // columns) * 114, columns * 100)
+    few = labelled_sheet(torch.zeros(4, 3, 96, 96, dtype=torch.uint8), ["name"] * 4, columns)
+    assert few.shape == (3, 114, 400)  # no empty columns
