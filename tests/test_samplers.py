@@ -130,12 +130,13 @@ def test_steps_are_evenly_spaced_to_within_rounding():
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_steps_are_evenly_spaced_in_the_log_snr_to_within_a_step_of_the_table(schedule):
-    """From ln 50 to ln 0.02, where the clean image stands. The first step is T - 1 whatever its noise is."""
+    """From ln 160, or the noise of T - 1 if that is less, to ln 0.02, where the clean image stands. The first step is T - 1."""
     diffusion = GaussianDiffusion(1000, schedule)
+    first = {"linear": math.log(157.407), "cosine": math.log(160)}[schedule]
     log_noise = ((1 - diffusion.alphas_cumprod) / diffusion.alphas_cumprod).log() / 2
     for steps in (3, 10, 20):
         for i, step in enumerate(diffusion.path(steps, "logsnr")[1:], start=1):
-            aim = math.log(50) * (1 - i / steps) + math.log(0.02) * i / steps
+            aim = first * (1 - i / steps) + math.log(0.02) * i / steps
             nearest = log_noise[max(step.t - 1, 0) : step.t + 2]
             assert (log_noise[step.t] - aim).abs() == (nearest - aim).abs().min()
 
@@ -433,8 +434,8 @@ def test_without_labels_guidance_changes_nothing():
 def test_the_network_is_told_the_step_in_one_int64_per_image():
     told = []
     model = lambda x, t, y: told.append(t) or torch.zeros_like(x)  # noqa: E731
-    GaussianDiffusion(100).sample(model, SHAPE, steps=4)
-    assert [t.tolist() for t in told] == [[99, 99], [60, 60], [25, 25], [3, 3]] and told[0].dtype == torch.int64
+    GaussianDiffusion(100).sample(model, SHAPE, steps=4, spacing="even")
+    assert [t.tolist() for t in told] == [[99, 99], [74, 74], [49, 49], [24, 24]] and told[0].dtype == torch.int64
 
 
 # --- noise ------------------------------------------------------------------------------------------------
@@ -565,8 +566,8 @@ def test_a_prediction_that_is_not_finite_is_an_error_that_names_the_step(sampler
         eps[0, 0, 0, 0] = torch.where(t[0] < 50, value, eps[0, 0, 0, 0])
         return eps
 
-    options = dict(sampler=sampler, steps=4, clip_denoised=clip_denoised)
-    with pytest.raises(FloatingPointError, match=r"not finite in step 3 of 4 \(t = 25\)"):
+    options = dict(sampler=sampler, steps=4, spacing="even", clip_denoised=clip_denoised)
+    with pytest.raises(FloatingPointError, match=r"not finite in step 3 of 4 \(t = 49\)"):
         GaussianDiffusion(100).sample(overflows_below_half, SHAPE, **options)
 
 
