@@ -1,13 +1,10 @@
 """What the tests of whole runs share: pictures, trained checkpoints, and a Runner in a folder of the test's own."""
 
-import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of each pytest process, before it imports torch: there may be several
 
 from tests.runs import Runner, Zygote, make_pictures
 
