@@ -106,7 +106,8 @@ def norm_silu(norm: nn.GroupNorm, x: Tensor, scale: Tensor | None = None, shift:
     groups = (norm.num_groups, -1)
     by_group = x.permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, groups)  # [B, S^2, groups, C / groups], a view of channels_last
     gain, offset = (a.unflatten(1, groups)[:, None] for a in (gain, offset))  # [1 or B, 1, groups, C / groups]
-    y = _NormSiLU.apply(by_group, gain, offset, norm.eps)
+    # The cast stands outside: torch 2.11 compiles one to the same dtype at the end of a Function to wrong gradients.
+    y = _NormSiLU.apply(by_group, gain, offset, norm.eps).to(x.dtype)
     return y.flatten(2).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
 
@@ -118,7 +119,7 @@ class _NormSiLU(torch.autograd.Function):
         var, mean = torch.var_mean(x.to(gain.dtype), (1, 3), correction=0, keepdim=True)  # [B, 1, groups, 1]
         rstd = (var + eps).rsqrt()
         ctx.save_for_backward(x, gain, offset, mean, rstd)
-        return F.silu((x - mean) * rstd * gain + offset).to(x.dtype)
+        return F.silu((x - mean) * rstd * gain + offset)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
