@@ -16,6 +16,7 @@ With a GPU, torch.cuda.set_sync_debug_mode("error") is the real test.
 """
 
 import contextlib
+import importlib
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -156,8 +157,8 @@ def fake_cuda():
         return {(lists[0][0].device, dtype): (lists, indices) for (_, dtype), (lists, indices) in groups.items()}
 
     with contextlib.ExitStack() as held:
-        for module in ("torch.optim.optimizer", "torch.nn.utils.clip_grad"):
-            held.enter_context(patch(f"{module}._group_tensors_by_device_and_dtype", grouped))
+        for name in ("torch.optim.optimizer", "torch.nn.utils.clip_grad"):  # torch.optim hides its module: patch finds none
+            held.enter_context(patch.object(importlib.import_module(name), "_group_tensors_by_device_and_dtype", grouped))
         held.enter_context(patch("torch.cuda.mem_get_info", lambda device=None: (80 << 30, 80 << 30)))
         held.enter_context(patch("torch.cuda.synchronize", refuse))
         held.enter_context(patch.object(torch.autocast, "__init__", autocast_on_cpu))
