@@ -217,10 +217,11 @@ def finish(pipeline: Pipeline, flags: Namespace, out: Path, points: Points) -> l
             if flags.gif:
                 save_gif([load(path) for path in there.values()], out / "interpolation.gif")
         else:
-            sheet = grid(shown)
             if pipeline.labels:
                 names = [pipeline.classes[pipeline.label(i)] for i in list(there)[: len(shown)]]
                 sheet = labelled_sheet(shown, names, class_columns(len(pipeline.labels)))
+            else:
+                sheet = grid(shown)
             save_png(sheet, out / "grid.png")
             save_labels(out / "labels.csv", pipeline, flags.seed, there)
         if flags.npz:
