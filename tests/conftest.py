@@ -8,6 +8,9 @@ import pytest
 
 from tests.runs import Runner, Zygote, make_pictures
 
+MODULES = ("runtime.faults", "runtime.faults_run", "runtime.faults_disk", "runtime.faults_data")
+pytest.register_assert_rewrite(*(f"tests.{name}" for name in MODULES))
+
 # A shell that starts the tests in the background, or nohup, has signals ignored, and runs heed that: not in the tests.
 for name, default in {"SIGINT": signal.default_int_handler, "SIGHUP": getattr(signal, "SIG_DFL", None)}.items():
     if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is signal.SIG_IGN:

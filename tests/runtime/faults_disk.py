@@ -1,0 +1,292 @@
+"""Faults of docs/reliability.md: disks and checkpoints."""
+
+import io
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from tests.runs import Process, Runner, differences
+from tests.runtime.faults import fault, kept, saved_run
+
+# --- disk ---------------------------------------------------------------------------------------------
+
+
+@fault("The disk is full while saving")
+def full_disk(run):
+    """A limit on the size of files, as a quota sets it; tmpfs, which needs root, is below."""
+    before = saved_run(run)
+    limit = len(before["checkpoints/latest.pth"]) * 2 // 3
+    process = run.start_train(f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))").wait()
+    assert run.files("*.pth").items() >= before.items() and not run.files(".*part-*")
+    return process
+
+
+@fault("The disk is full under LOG_PATH")
+def full_disk_of_logs(run):
+    """The event file is the device that is always full."""
+    before = saved_run(run)
+    process = run.start_train("import src.runtime.monitor as m; m.open = lambda *_: open('/dev/full', 'wb')").wait()
+    kept(run, before)
+    return process
+
+
+@fault("The disk is full under OUTPUT_PATH")
+def full_disk_of_grids(run):
+    before = saved_run(run)
+    setup = """
+import errno, io
+from PIL import Image
+
+save = Image.Image.save
+
+def full(image, file, **options):
+    if not isinstance(file, io.BytesIO):  # which TensorBoard's images go through
+        raise OSError(errno.ENOSPC, "No space left on device")
+    save(image, file, **options)
+
+Image.Image.save = full
+"""
+    process = run.start_train(setup).wait()
+    kept(run, before)
+    assert list(run.files("*.png")) == ["outputs/samples/epoch_001.png"]
+    return process
+
+
+def below_a_file(run: Runner) -> Path:
+    """A folder that nobody can make, root included."""
+    (run.folder / "file").touch()
+    return run.folder / "file" / "folder"
+
+
+@fault("No permission to write checkpoints")
+def no_permission_for_checkpoints(run):
+    return run.start_train(CHECKPOINT_PATH=below_a_file(run)).wait()
+
+
+@fault("No permission to write grids")
+def no_permission_for_grids(run):
+    return run.start_train(OUTPUT_PATH=below_a_file(run)).wait()
+
+
+@fault("No permission to write logs")
+def no_permission_for_logs(run):
+    return run.start_train(LOG_PATH=below_a_file(run)).wait()
+
+
+@fault("No permission to write the cache")
+def no_permission_for_the_cache(run):
+    return run.start_train(CACHE_PATH=below_a_file(run)).wait()
+
+
+LITTLE_DISK = """
+import shutil
+usage = shutil.disk_usage
+shutil.disk_usage = lambda path: usage(path)._replace(free=1000)
+"""
+
+
+@fault("The disk is too small for the cache")
+def little_disk_for_the_cache(run):
+    process = run.start_train(LITTLE_DISK, CACHE_PATH="cache").wait()
+    assert not run.files("cache/*")
+    return process
+
+
+@fault("The cache cannot be read")
+def unreadable_cache(run):
+    run.train(max_steps=1, CACHE_PATH="cache")
+    (path,) = (run.folder / "cache").glob("*train*")
+    path.unlink()
+    path.mkdir()
+    return run.start_train(CACHE_PATH="cache").wait()
+
+
+@fault("No permission to write pictures")
+def no_permission_for_pictures(run, trained):
+    checkpoint = trained.folder / "checkpoints" / "best.pth"
+    return run.start("sample.py", "--checkpoint", checkpoint, "--output_dir", below_a_file(run)).wait()
+
+
+# --- checkpoints --------------------------------------------------------------------------------------
+
+
+def damaged(run: Runner, change: Callable[[bytes], bytes], trained: Runner) -> Process:
+    """A run that meets a changed latest.pth and goes on from the newest that loads to the same end."""
+    run.train(max_steps=10)
+    run.train(max_steps=13)
+    latest = run.folder / "checkpoints" / "latest.pth"
+    latest.write_bytes(change(latest.read_bytes()))
+    process = run.start_train().wait()
+    assert "Going on from checkpoints/best.pth, step 13" in process.err
+    assert latest.with_name("latest.damaged").exists()
+    assert differences(run.state(), trained.state()) == []
+    curves = {tag: [point for point in curve if point[0] != 13] for tag, curve in run.scalars().items()}
+    assert curves == trained.scalars()  # but for the loss that ended the first run
+    return process
+
+
+@fault("latest.pth is truncated")
+def truncated(run, trained):
+    return damaged(run, lambda data: data[:-1000], trained)
+
+
+@fault("A bit of latest.pth has flipped")
+def flipped(run, trained):
+    middle = 200_000
+    return damaged(run, lambda data: data[:middle] + bytes([data[middle] ^ 4]) + data[middle + 1 :], trained)
+
+
+@fault("latest.pth is gone")
+def gone(run, trained):
+    run.train(max_steps=13)
+    (run.folder / "checkpoints" / "latest.pth").unlink()
+    process = run.start_train().wait()
+    assert differences(run.state(), trained.state()) == []
+    return process
+
+
+def met_at_start(run: Runner, content: bytes, setup: str = "", **settings) -> Process:
+    """A run that finds this as its only checkpoint, and leaves it alone."""
+    latest = run.folder / "checkpoints" / "latest.pth"
+    latest.parent.mkdir()
+    latest.write_bytes(content)
+    process = run.start_train(setup, **settings).wait()
+    kept(run, {"checkpoints/latest.pth": content})
+    return process
+
+
+def as_bytes(content: object) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
+@fault("No checkpoint in the folder loads")
+def none_loads(run):
+    return met_at_start(run, b"damaged")
+
+
+class Code:
+    def __reduce__(self):
+        return os.mkdir, ("made",)
+
+
+@fault("A checkpoint with code in it")
+def code(run):
+    process = met_at_start(run, as_bytes({"version": 1, "model": Code()}))
+    assert not (run.folder / "made").exists()
+    assert pickle.dumps(Code()), "the test wants a pickle that runs code"
+    return process
+
+
+@fault("A checkpoint of another program")
+def of_another_program(run):
+    return met_at_start(run, as_bytes({"state_dict": {"weight": torch.zeros(3)}}))
+
+
+@fault("A checkpoint without its optimizer")
+def of_weights_alone(run, trained):
+    state = trained.state()
+    return met_at_start(run, as_bytes({name: state[name] for name in ("ema", "config", "classes")}))
+
+
+@fault("A checkpoint of a newer format")
+def of_a_newer_format(run, trained):
+    return met_at_start(run, as_bytes(trained.state() | {"version": 99}))
+
+
+@fault("A checkpoint that lacks a setting")
+def of_fewer_settings(run, trained):
+    state = trained.state()
+    del state["config"]["PREVIEW_STEPS"]
+    return met_at_start(run, as_bytes(state))
+
+
+@fault("A checkpoint with a setting of a newer program")
+def of_more_settings(run, trained):
+    state = trained.state()
+    state["config"]["FUTURE"] = 1
+    return met_at_start(run, as_bytes(state))
+
+
+@fault("Other settings than the checkpoint's")
+def other_settings(run, trained):
+    process = met_at_start(run, as_bytes(trained.state()), UNET_DIM=16)
+    assert "(UNET_DIM 8 -> 16)" in process.err and "give its own settings: --unet_dim 8;" in process.err
+    return process
+
+
+@fault("Other settings that a run may take up")
+def tunable_settings(run, trained):
+    return met_at_start(run, as_bytes(trained.state()), LEARNING_RATE=1e-5)
+
+
+OTHER_NETWORK = """
+import torch, src.runtime.build
+
+class OtherUNet(src.runtime.build.UNet):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.extra = torch.nn.Linear(3, 3)
+
+src.runtime.build.UNet = OtherUNet
+"""
+
+
+@fault("The previews or curves of another run are in the folder")
+def folders_of_another_run(run):
+    run.train(max_steps=1)
+    before = run.files("*")
+    run.train(RUN="mine", max_steps=1)  # the command that works
+    process = run.start_train(CHECKPOINT_PATH="checkpoints/other").wait()
+    after = run.files("*")
+    assert all(after[name] == data for name, data in before.items() if "std" not in name)
+    return process
+
+
+@fault("The network in src/model.py was changed")
+def other_network(run, trained):
+    return met_at_start(run, as_bytes(trained.state()), OTHER_NETWORK)
+
+
+@fault("Data with other classes")
+def other_classes(run, trained):
+    state = trained.state() | {"classes": ["cat", "dog"], "class_ids": ["cat", "dog"]}
+    state["config"] = state["config"] | {"CLASS_CONDITIONAL": True}  # else its classes do not matter
+    return met_at_start(run, as_bytes(state), CLASS_CONDITIONAL=True)
+
+
+def half_of_the_pictures(run: Runner) -> dict[str, object]:
+    few = run.folder / "few"
+    shutil.copytree(run.pictures, few)
+    for path in sorted(few.rglob("*.png"))[::2]:
+        path.unlink()
+    return {"DATA_PATH": few, "CACHE_PATH": "cache"}
+
+
+@fault("Pictures were added, removed or edited since")
+def other_pictures(run, trained):
+    return met_at_start(run, as_bytes(trained.state()), **half_of_the_pictures(run))
+
+
+@fault("The same, with --accept_changes")
+def other_pictures_accepted(run):
+    run.train(max_steps=20)
+    process = run.start_train(accept_changes=True, EPOCHS=5, **half_of_the_pictures(run)).wait()
+    assert run.state()["step"] == run.state("best")["step"] == 25
+    return process
+
+
+@fault("No checkpoint to draw from")
+def no_checkpoint(run):
+    return run.start("sample.py").wait()
+
+
+@fault("A damaged checkpoint to draw from")
+def damaged_for_drawing(run):
+    (run.folder / "half.pth").write_bytes(b"PK half a file")
+    return run.start("sample.py", "--checkpoint", "half.pth").wait()
