@@ -73,19 +73,19 @@ SOURCES = {
 }
 
 PRESETS = {
-    # Shapes drawn by code, on two CPU cores in minutes: no download, no GPU. Chosen by trial (docs/performance.md).
+    # Shapes drawn by code, on two CPU cores in minutes: no download, no GPU. Chosen by trial (docs/recipes.md).
     "demo": dict(
         DATASET="shapes", IMAGE_SIZE=24, UNET_DIM=16, DIM_MULTS=(1, 1, 2, 4), NUM_RES_BLOCKS=1, ATTENTION_RESOLUTIONS=(6,),
         CLASS_CONDITIONAL=True, BETA_SCHEDULE="cosine", PREDICTION="v", BATCH_SIZE=16, LEARNING_RATE=4e-3,
         LR_SCHEDULE="cosine", WARMUP_STEPS=100, EPOCHS=6, EMA_DECAY=0.99, VAL_IMAGES=500, NUM_SAMPLES=20, SAMPLE_EVERY=1,
         LOG_EVERY=20, RUN="demo",
     ),
-    # A folder of 100 to 1,000 pictures: many passes, and a warm-up, an average and saves that fit them (docs/performance.md).
+    # A folder of 100 to 1,000 pictures: many passes, and a warm-up, an average and saves that fit them (docs/recipes.md).
     "small": dict(
         EPOCHS=1000, WARMUP_STEPS=200, EMA_DECAY=0.999, DROPOUT=0.1, LR_SCHEDULE="cosine", VAL_EVERY=25, SAMPLE_EVERY=50,
         SAVE_EVERY=250,
     ),
-    # One large GPU. The shape: 91M parameters as the default's, 34 GFLOP a picture instead of 61 (docs/performance.md).
+    # One large GPU. The shape: 91M parameters as the default's, 34 GFLOP a picture instead of 61 (docs/recipes.md).
     "h100": dict(BATCH_SIZE=256, LEARNING_RATE=2e-4, DIM_MULTS=(1, 1, 2, 3, 4)),
     # The paper's experiment (DDPM, app. B); 2,052 epochs of 390 steps are its 800,000. The FID to reach: docs/evaluation.md.
     # 38,307,203 parameters, the paper's 35,746,307 and 2,560,896 by which the step scales each block besides shifting it

@@ -105,7 +105,7 @@ def even(abar: Tensor, steps: int) -> list[int]:
 def logsnr(abar: Tensor, steps: int) -> list[int]:
     """Evenly spaced in the log-SNR, as Lu et al. 2022 (arXiv:2206.00927) take them, from the noise of T - 1, at most 160 times
     as strong as the signal, to 0.02 times, which stands for the clean image. The linear schedule ends at 157; the cosine
-    schedule has a third of its log-SNR beyond 160, in its last four t. docs/performance.md has the measurements. abar: [T]."""
+    schedule has a third of its log-SNR beyond 160, in its last four t. docs/recipes.md has the measurements. abar: [T]."""
     log_noise = (1 / abar - 1).log() / 2  # ln(sigma / signal) at each t
     first, last = min(math.log(160), log_noise[-1].item()), math.log(0.02)
     times = [len(abar) - 1]
