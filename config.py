@@ -9,6 +9,7 @@ Papers: DDPM = Ho et al. 2020, arXiv:2006.11239; iDDPM = Nichol & Dhariwal 2021,
 
 # --- data -------------------------------------------------------------------------------------------
 DATASET = "tiny-imagenet"  # tiny-imagenet, cifar10, folder (own pictures), shapes (drawn by code), or your own (src/dataset.py)
+CLASSES = ""  # names, ids or indices of the classes to train on, "goldfish,n02279972,lemon"; empty: all of them
 DATA_PATH = "./data/tiny-imagenet-200"  # folder of the images; tiny-imagenet and cifar10 are downloaded if it is absent
 DATA_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"  # of tiny-imagenet, or of any mirror of it
 DATA_SIZE = 248100043  # bytes of that archive, checked after the download; 0 skips the check
@@ -79,6 +80,15 @@ PRESETS = {
         CLASS_CONDITIONAL=True, BETA_SCHEDULE="cosine", PREDICTION="v", BATCH_SIZE=16, LEARNING_RATE=4e-3,
         LR_SCHEDULE="cosine", WARMUP_STEPS=100, EPOCHS=6, EMA_DECAY=0.99, VAL_IMAGES=500, NUM_SAMPLES=20, SAMPLE_EVERY=1,
         LOG_EVERY=20, RUN="demo",
+    ),
+    # Ten classes of Tiny ImageNet: goldfish, monarch, sulphur butterfly, ladybug, jellyfish, coral reef, lemon, orange, alp,
+    # seashore.
+    "nature": dict(
+        DATASET="tiny-imagenet", CLASSES="n01443537, n02279972, n02281406, n02165456, n01910747, n09256479, n07749582, n07747607, "
+        "n09193705, n09428293",
+        CLASS_CONDITIONAL=True, UNET_DIM=32, DIM_MULTS=(1, 1, 2, 4), NUM_RES_BLOCKS=1, ATTENTION_RESOLUTIONS=(8,),
+        PREDICTION="v", BETA_SCHEDULE="cosine", BATCH_SIZE=16, LEARNING_RATE=1e-3, LR_SCHEDULE="cosine", EMA_DECAY=0.999,
+        RUN="nature",
     ),
     # A folder of 100 to 1,000 pictures: many passes, and a warm-up, an average and saves that fit them (docs/recipes.md).
     "small": dict(

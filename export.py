@@ -22,9 +22,10 @@ from torch import Tensor
 
 from src.model import Attention, UNet, norm_groups
 from src.runtime.build import build_diffusion, build_model
-from src.runtime.checkpoint import FREE, TO_DRAW, TO_TRAIN, VERSION, load_checkpoint, load_weights
+from src.runtime.checkpoint import TO_DRAW, TO_TRAIN, VERSION, load_checkpoint, load_weights
 from src.runtime.flags import PATH, TRUTH, FlagParser, choice
 from src.runtime.pipeline import add_checkpoint_flags, checkpoint_of
+from src.runtime.resume import FREE
 from src.runtime.settings import Settings, as_text
 from src.runtime.signals import run_script
 from src.utils import UserError, atomic_file, writing
@@ -168,9 +169,9 @@ def model_card(state: Mapping[str, Any], s: Settings) -> str:
     code = f"""from diffusers import DDPMPipeline
 pipeline = DDPMPipeline.from_pretrained(".")  # this folder
 pipeline(num_inference_steps={s.TIME_STEPS}).images[0].save("picture.png")"""
-    classes = ""
+    classes = f"\nClasses, by label from 0: {', '.join(state['classes'])}." if s.CLASS_CONDITIONAL or s.CLASSES else ""
     if s.CLASS_CONDITIONAL:
-        classes = f"\nClasses, by label from 0: {', '.join(state['classes'])}. Label {len(state['classes'])} means no class.\n"
+        classes += f" Label {len(state['classes'])} means no class."
         code = f"""import torch, torchvision
 from diffusers import DDPMScheduler, UNet2DModel
 unet, scheduler = UNet2DModel.from_pretrained("."), DDPMScheduler.from_pretrained(".")  # this folder
@@ -189,6 +190,7 @@ tags: [ddpm, {"" if s.CLASS_CONDITIONAL else "un"}conditional-image-generation]
 
 The averaged weights (EMA) of a U-Net, trained as in Ho et al. 2020 (arXiv:2006.11239).
 {classes}
+
 ```python
 {code}
 ```

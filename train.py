@@ -30,9 +30,6 @@ from src.runtime.checkpoint import (
     TO_DRAW,
     Checkpoints,
     Progress,
-    check_data,
-    check_length,
-    check_resume,
     find_latest,
     load_checkpoint,
 )
@@ -49,6 +46,7 @@ from src.runtime.device import (
 from src.runtime.distributed import World
 from src.runtime.folders import FolderLock, claim
 from src.runtime.monitor import Meter, Monitor, print_plan, print_summary
+from src.runtime.resume import check_data, check_length, check_resume
 from src.runtime.settings import Run, Settings, as_flags, differences, resolve
 from src.runtime.signals import StopRequest, run_script
 from src.utils import UserError, class_columns, grid, labelled_sheet, make_folder, save_png, to_uint8, writing
@@ -156,9 +154,8 @@ def open_data(run: Run, world: World) -> tuple[dict | None, dict[str, Images]]:
             f"{s.DATASET} has the classes {', '.join(train_classes[:9])} to train on and {', '.join(val_classes[:9])} to "
             f"validate. Give both the same ones in the same order, or train without them: --class_conditional false."
         )
-    if saved and saved["classes"] != train_classes and s.CLASS_CONDITIONAL:
-        raise UserError(f"{folder}/latest.pth was trained on other classes than the data have. Start anew with --run NAME.")
-    check_data(saved, s, data, run.accept_changes)
+    if saved:
+        check_data(saved, s, data, run.accept_changes)
     return saved, data
 
 

@@ -103,7 +103,7 @@ def new_classifier(channels: int, classes: int) -> nn.Sequential:
 
 
 def batch_of(images: Images, rows: Tensor) -> tuple[Tensor, Tensor]:
-    u8 = torch.from_numpy(np.ascontiguousarray(images.images[rows.numpy()]))
+    u8 = torch.from_numpy(images[rows.numpy()])
     return (u8.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last), images.labels[rows]
 
 
@@ -120,7 +120,7 @@ def trained_classifier(images: Images, folder: Path, steps: int = STEPS) -> nn.S
     file = folder / f"judge-{images.fingerprint}-{steps}.pth"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = new_classifier(images.images.shape[1], len(images.classes)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = new_classifier(images.shape[1], len(images.classes)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if file.exists():
             model.load_state_dict(torch.load(file, weights_only=True))
             return model.eval()
@@ -195,7 +195,7 @@ def measure(args: Args) -> None:
     names = [drawn.classes[label] for label in drawn.labels]
     if pipeline.settings.DATASET == "shapes":
         wanted = torch.tensor([OUTLINES.index(name.split()[-1]) for name in names])
-        share, seen = errors(torch.from_numpy(drawn.images)).min(dim=1)
+        share, seen = errors(torch.from_numpy(drawn[:])).min(dim=1)
         right = (seen == wanted) & (share <= args.spoiled)
         for k, outline in enumerate(OUTLINES):
             table.add(outline=outline, right=int(right[wanted == k].sum()), of=int((wanted == k).sum()))
@@ -207,7 +207,7 @@ def measure(args: Args) -> None:
         table.add(what="drawn", **judge(drawn, bool(pipeline.labels)))
     table.print()
     if args.sheet:
-        save_png(labelled_sheet(torch.from_numpy(drawn.images[:100]), names[:100], 10), args.sheet)
+        save_png(labelled_sheet(torch.from_numpy(drawn[:100]), names[:100], 10), args.sheet)
 
 
 FLAGS: common.Flags = {

@@ -6,6 +6,7 @@ image in its step alone: there is no state that a resumed run would have to rest
 what one process would have drawn.
 """
 
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,12 +18,14 @@ import torch
 from torch import Tensor
 
 from src import noise
-from src.data.cache import Images, open_or_decode
+from src.classes import parse_classes
+from src.data.cache import open_or_decode
 from src.data.cifar10 import CIFAR10, CIFAR_10
 from src.data.folder import ImageFolder
+from src.data.images import Images
 from src.data.shapes import Shapes
 from src.data.tiny_imagenet import TINY_IMAGENET, TinyImageNet
-from src.utils import UserError, count
+from src.utils import FlagError, UserError, count, printable
 
 # name -> function of (path, split "train" or "val", image_size) that gives a Dataset of (image, label).
 # An image is a PIL image, a uint8 array [H, W, 3], or a tensor [3, H, W], uint8 or float in [0, 1]; its size is free.
@@ -54,13 +57,16 @@ def prepare(
     image_size: int,
     cache_path: str | os.PathLike = "./data/cache",
     num_workers: int = -1,
+    classes: str = "",
 ) -> Images:
     """The split "train" or "val" of dataset `name` at `path`, from its cache file, or decoded first if that is not there or
     no longer true.
 
     num_workers: processes that decode; -1 is one per core, 0 is this process.
+    classes: the images of these alone, as parse_classes reads them; "" is all. The cache holds all of them in any case.
     Several processes: let one of them call this first, then the others.
-    Raises UserError: no such dataset, an image that cannot be read, a cache folder that cannot be written.
+    Raises UserError: no such dataset, an image that cannot be read, a cache folder that cannot be written; and, before an image
+    is decoded, a FlagError for a word that means no class.
     """
     if name not in DATASETS:
         raise UserError(
@@ -69,8 +75,28 @@ def prepare(
     dataset = DATASETS[name](path, split, image_size)
     if len(dataset) == 0:
         raise UserError(f"{name} {split} at {path} has no images.")
+    labels = find_labels(dataset, name, classes) if classes else None
     source = "" if name == "shapes" else os.path.abspath(path)  # shapes come from no folder
-    return open_or_decode(dataset, name, split, image_size, source, Path(cache_path), num_workers)
+    images = open_or_decode(dataset, name, split, image_size, source, Path(cache_path), num_workers)
+    chosen = images if labels is None else images.of_classes(labels)
+    if not len(chosen):
+        raise UserError(
+            f"{name} {split} at {path} has no images of the classes {classes}. Choose more of them with --classes, or sort the "
+            f"images into train and val yourself."
+        )
+    return chosen
+
+
+def find_labels(dataset: Any, name: str, classes: str) -> list[int]:
+    """The labels of the classes that CLASSES names, in its order. Raises FlagError."""
+    names = [printable(known) for known in getattr(dataset, "classes", None) or []]
+    ids = [printable(known) for known in getattr(dataset, "class_ids", None) or names]
+    if not names:
+        raise FlagError(f"--classes: {name} does not name its classes. Give its Dataset a list `classes`, or leave this out.")
+    labels = parse_classes(classes, names, ids, name)
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise FlagError(f"--classes: {classes!r} names index:{twice[0]} ({names[twice[0]]}) twice. Name each class once.")
+    return labels
 
 
 def normalise(u8: Tensor, flip: Tensor | None = None) -> Tensor:
@@ -90,18 +116,18 @@ class DeviceImages:
 
     def __init__(self, images: Images, device: torch.device | str):
         self.device = torch.device(device)
-        self.source = np.asarray(images.images)  # without the memmap class, whose indexing is slower
+        self.source, self.rows, self.classes = images.file, images.rows, images.classes
         self.labels = images.labels.to(self.device)
         self.pixels: Tensor | None = None
         if self.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self.device)
-            if self.source.nbytes < free / 4:  # the rest is for weights, moments and activations
-                self.pixels = torch.empty(self.source.shape, dtype=torch.uint8, device=self.device)
+            if math.prod(images.shape) < free / 4:  # the rest is for weights, moments and activations
+                self.pixels = torch.empty(images.shape, dtype=torch.uint8, device=self.device)
                 for start in range(0, len(self), 4096):  # in parts: the array need not fit into memory
-                    self.pixels[start : start + 4096] = torch.from_numpy(self.source[start : start + 4096].copy())
+                    self.pixels[start : start + 4096] = torch.from_numpy(images[start : start + 4096])
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.rows)
 
     def batch(self, rows: Tensor, flip: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """rows: int64 [B] in [0, N), flip: bool [B] or None, both on the CPU.
@@ -117,10 +143,10 @@ class DeviceImages:
     def gather(self, rows: Tensor) -> Tensor:
         """Copy rows out of the mapped file to the device, as uint8: a quarter of the bytes of float32."""
         indices = rows.numpy()
-        assert len(rows) == 0 or 0 <= indices.min() <= indices.max() < len(self.source), "a row outside the dataset"
+        assert len(rows) == 0 or 0 <= indices.min() <= indices.max() < len(self), "a row outside the dataset"
         is_pinned = self.device.type == "cuda"  # then the copy runs while the CPU goes on
         u8 = torch.empty((len(rows), *self.source.shape[1:]), dtype=torch.uint8, pin_memory=is_pinned)
-        np.take(self.source, indices, axis=0, out=u8.numpy(), mode="clip")  # "raise" would buffer; checked above
+        np.take(self.source, self.rows[indices], axis=0, out=u8.numpy(), mode="clip")  # "raise" would buffer; checked above
         return u8.to(self.device, non_blocking=True)
 
 
@@ -243,7 +269,7 @@ def test_dataset() -> None:
         written = first.path.stat().st_mtime_ns
         again = prepare("shapes", "", "val", 32, folder, num_workers=0)
         assert again.path.stat().st_mtime_ns == written, "the second start decoded the images again"
-        assert again.images.shape == (2000, 3, 32, 32) and again.images.dtype == np.uint8
+        assert again.shape == (2000, 3, 32, 32) and again[0].dtype == np.uint8
         assert torch.bincount(again.labels).tolist() == [200] * 10, "the classes are not balanced"
         print("ok: 2,000 shapes of 10 classes, decoded once, read back from the cache")
 

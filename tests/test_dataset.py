@@ -116,7 +116,7 @@ def test_a_batch_is_the_rows_asked_for_scaled_and_mirrored_where_asked(shapes):
     rows, flip = torch.tensor([1999, 0, 7, 7]), torch.tensor([False, True, True, False])
     x_0, y = DeviceImages(shapes, "cpu").batch(rows, flip)
     for i, row in enumerate(rows.tolist()):
-        pixels = shapes.images[row].astype(np.float32) / 127.5 - 1
+        pixels = shapes[row].astype(np.float32) / 127.5 - 1
         np.testing.assert_allclose(x_0[i].numpy(), pixels[..., ::-1] if flip[i] else pixels, atol=1e-6)
         assert y[i] == shapes.labels[row]
     assert x_0.dtype == torch.float32 and y.dtype == torch.int64

@@ -240,7 +240,7 @@ def test_a_walk_passes_the_plain_pictures(run, sample):
         (("--classes", "0"), False, 2, "this checkpoint knows no classes; train with --class_conditional true."),
         (("--guidance", 2), False, 2, "this checkpoint knows no classes; train with --class_conditional true."),
         (("--classes", "blue circel"), True, 2, "the checkpoint has no class 'blue circel'; did you mean blue circle"),
-        (("--classes", "9"), True, 2, "--classes: got 9, but the checkpoint's 4 classes have indices 0 to 3."),
+        (("--classes", "9"), True, 2, "--classes: got 9, but the 4 classes of the checkpoint have indices 0 to 3."),
         (("--interpolate", "--sampler", "ddpm"), False, 2, "--interpolate: needs a sampler without randomness"),
         (("--num_samples", 0), False, 2, "--num_samples: got '0', expected a whole number from 1 to 1000000."),
         (("--num_sample", 3), False, 2, "--num_sample: no such flag; did you mean --num_samples?"),

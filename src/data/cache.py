@@ -16,7 +16,6 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, suppress
-from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from threading import Thread
@@ -27,34 +26,13 @@ import torch
 from tqdm import tqdm
 
 from src.data.decode import PictureNote, to_uint8
+from src.data.images import Images
 from src.utils import UserError, atomic_file, count, printable, reading, writing
 
 FORMAT = 2  # of the cache file and of to_uint8; count up when either changes, and caches are made again
 CHUNK = 64  # images that a worker decodes and hands over at a time
 TASK: list[Any] = []  # of a process that decodes, see become_worker
 ABANDONED = 600  # seconds without a write after which a half-made cache is left over from a killed run
-
-
-@dataclass
-class Images:
-    """Decoded images.
-
-    images: uint8 [N, 3, S, S], mapped from the file `path`.   labels: int64 [N], in [0, len(classes)).
-    fingerprint: 16 hex digits that follow from the decoded pixels, the labels and their order, and cost nothing at a start.
-        Moving, renaming or copying the data changes nothing. It notices an image that was added, removed, edited or put
-        into another class, and another image size. It does not notice new names that keep the order, nor bytes that
-        decode to the same pixels. Another version of Pillow may decode a JPEG to slightly different pixels.
-    """
-
-    images: np.ndarray
-    labels: torch.Tensor
-    classes: list[str]
-    class_ids: list[str]
-    path: Path
-    fingerprint: str = ""
-
-    def __len__(self) -> int:
-        return len(self.images)
 
 
 class Overtaken(Exception):
@@ -82,9 +60,6 @@ def open_or_decode(
             raise UserError(f"{cache} cannot be read back after writing it: {stale or 'it is gone'}. Is the disk sound?")
     found = f"{count(len(images), 'image')} of {count(len(images.classes), 'class', 'classes')}"
     print(f"{name} {split}: {found} at {image_size}x{image_size}, from {cache}")
-    if split == "train":
-        names = ", ".join(images.classes[:10]) + (", ..." if len(images.classes) > 10 else "")
-        print(f"{'class' if len(images.classes) == 1 else 'classes'}: {names}")
     return images
 
 
@@ -264,7 +239,7 @@ def open_cache(cache: Path, fingerprint: str) -> tuple[Images | None, str]:
                 if about["source"] != fingerprint:
                     return None, "the pictures have changed since the cache was made"
                 images = np.memmap(file, dtype=np.uint8, mode="r", offset=offset, shape=shape)
-            return Images(images, labels, about["classes"], about["class_ids"], cache, about["content"]), ""
+            return Images(np.asarray(images), labels, about["classes"], about["class_ids"], cache, about["content"]), ""
         except (FileNotFoundError, NotADirectoryError):
             return None, ""
         except OSError:

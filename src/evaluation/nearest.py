@@ -1,5 +1,6 @@
 """The nearest training pictures: to see whether a sample was drawn or remembered."""
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,11 +22,11 @@ class Neighbours(NamedTuple):
     mirrored: Tensor  # [K, n] bool: the mirrored query is the one that lies this near
 
 
-def nearest(views: np.ndarray, pool: np.ndarray, count: int, device: torch.device) -> Neighbours:
+def nearest(views: np.ndarray, pool: Any, count: int, device: torch.device) -> Neighbours:
     """The `count` nearest rows of the pool by Euclidean distance, for each query.
 
     views: [V, K, ...] uint8 or float, the K queries and, if V is 2, the same mirrored: the nearer of the two counts, because
-    training sees both.   pool: [N, ...], mapped from a file or not, read once in chunks.   n = min(count, N).
+    training sees both.   pool: [N, ...], an array or Images, read once in chunks.   n = min(count, N).
     """
     n = min(count, len(pool))
     exact = torch.from_numpy(views).flatten(2).double()
@@ -48,7 +49,7 @@ def nearest(views: np.ndarray, pool: np.ndarray, count: int, device: torch.devic
     return Neighbours(*map(torch.stack, zip(*found)))
 
 
-def nearest_sheet(samples: np.ndarray, pool: np.ndarray, found: Neighbours, unit: float) -> Tensor:
+def nearest_sheet(samples: np.ndarray, pool: Any, found: Neighbours, unit: float) -> Tensor:
     """A row for each sample: itself, then its nearest pictures, mirrored if that is nearer, with distances in this unit.
     samples, pool: uint8 [N, 3, S, S]."""
     pictures, names = [], []
@@ -85,7 +86,7 @@ def measure_nearest(ev: Evaluation) -> dict[str, Any]:
             nearest(np.stack([represent(p) for p in looks]), pool, SHEET_NEIGHBOURS, ev.device)
             for looks in ([p, p.mirrored()][: 1 + ev.settings.HORIZONTAL_FLIP] for p in (samples, others))
         )
-        unit = (pool.size / len(pool)) ** 0.5 if view == "pixels" else 1.0  # root mean square, in grey levels
+        unit = math.prod(pool.shape[1:]) ** 0.5 if view == "pixels" else 1.0  # root mean square, in grey levels
         near, far = hits.distances[:, 0] / unit, usual.distances[:, 0] / unit
         sheet = ev.out.with_name(f"{ev.out.stem}-nearest-{view}.png")
         with optional(sheet, "--output_dir"):

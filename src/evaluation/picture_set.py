@@ -4,6 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -18,10 +19,10 @@ SHEETS = {"grid.png", "interpolation.png", "denoising.gif"}  # what it wrote amo
 
 @dataclass
 class PictureSet:
-    """pixels: uint8 [N, 3, S, S], mapped from a file or not. name: where they come from, for people."""
+    """pixels: uint8 [N, 3, S, S], an array, or the Images of a dataset. name: where they come from, for people."""
 
     name: str
-    pixels: np.ndarray
+    pixels: Any
 
     def __len__(self) -> int:
         return len(self.pixels)

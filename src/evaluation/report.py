@@ -10,7 +10,6 @@ from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -62,7 +61,7 @@ class Evaluation:
         """The split "train" or "val" of the checkpoint's dataset. Raises UserError if its classes are not those trained on."""
         with self.world.main_process_first():
             images = open_images(self.settings, name)
-        if self.settings.CLASS_CONDITIONAL and images.classes != self.pipeline.classes:
+        if (self.settings.CLASS_CONDITIONAL or self.settings.CLASSES) and images.classes != self.pipeline.classes:
             raise UserError(
                 f"The checkpoint was trained on {beginning(self.pipeline.classes)}, but the data at {self.settings.DATA_PATH} "
                 f"have {beginning(images.classes)}. Name the data that it was trained on with --data_path."
@@ -74,7 +73,7 @@ class Evaluation:
         """What --samples or --reference names. Raises UserError."""
         if source not in SPLITS:
             return read_set(Path(source), "--samples" if source == self.flags.samples else "--reference")
-        return PictureSet(f"{self.settings.DATASET} {source}", np.asarray(self.split(source).images))
+        return PictureSet(f"{self.settings.DATASET} {source}", self.split(source))
 
     def samples(self, number: int | None) -> PictureSet:
         """The first `number` pictures of --samples, or of the series that the flags draw. None: all."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from src.dataset import Images
 from src.runtime.distributed import World
-from src.runtime.settings import Settings, as_flags, as_text, differences, settings_from_dict
+from src.runtime.settings import Settings, settings_from_dict
 from src.utils import UserError, atomic_file, flush_folder, reason, writing
 
 VERSION = 2  # of the layout. This program reads its own version and older ones.
@@ -108,6 +108,20 @@ class Checkpoints:
                 part.load_state_dict(state[name])
         for name in vars(self.progress):
             setattr(self.progress, name, state[name])
+
+
+def fingerprints(data: Mapping[str, Images]) -> dict[str, dict[str, Any]]:
+    """What tells the images of a run from others, wherever they lie, by split."""
+    return {split: {"images": len(images), "fingerprint": images.fingerprint} for split, images in data.items()}
+
+
+def other_measure(saved: Mapping[str, Any], settings: Settings, now: Mapping[str, Any]) -> str:
+    """Why validation losses of the checkpoint do not compare with those to come; "" if they do. now: as `fingerprints`."""
+    if saved["version"] == 1:
+        return "was measured by an older version of this program, with other weights"
+    if saved["config"].VAL_IMAGES != settings.VAL_IMAGES:
+        return f"was measured with VAL_IMAGES {saved['config'].VAL_IMAGES}"
+    return "was measured on other images" if saved.get("data", now)["val"] != now["val"] else ""
 
 
 def load_checkpoint(path: Path, needs: Collection[str] = TO_RESUME, mmap: bool = False) -> dict[str, Any]:
@@ -220,80 +234,3 @@ def find_latest(folder: Path) -> dict[str, Any] | None:
         print(f"Warning: {damage} It was set aside as {aside}.", file=sys.stderr)
     print(f"Going on from {newest}, step {steps[newest]:,}, the newest that loads.", file=sys.stderr)
     return load_checkpoint(newest)
-
-
-# --- settings that contradict the checkpoint --------------------------------------------------------------
-
-# What a resumed run may change freely: where things are, how fast, how often, how long.
-FREE = {
-    *("DATA_PATH", "DATA_URL", "DATA_SIZE", "DATA_MD5", "CACHE_PATH", "CHECKPOINT_PATH", "OUTPUT_PATH", "LOG_PATH"),
-    *("NUM_WORKERS", "PRECISION", "COMPILE", "DEVICE", "ACTIVATION_CHECKPOINTING", "RUN", "PREVIEW_GUIDANCE"),
-    *("EPOCHS", "NUM_SAMPLES", "PREVIEW_STEPS", "VAL_EVERY", "SAVE_EVERY", "SAVE_MINUTES", "SAMPLE_EVERY", "LOG_EVERY"),
-}
-# What changes the experiment but leaves the weights and the count of epochs meaningful: with --accept_changes.
-TUNABLE = {
-    *("HORIZONTAL_FLIP", "DROPOUT", "LABEL_DROPOUT", "MIN_SNR_GAMMA", "VAL_IMAGES"),
-    *("LEARNING_RATE", "LR_SCHEDULE", "WARMUP_STEPS", "GRAD_CLIP", "EMA_DECAY"),
-}
-
-
-def check_resume(saved: Settings, settings: Settings, accept_changes: bool) -> None:
-    """Refuse to resume from a checkpoint with settings that contradict it: say the differences and the way out."""
-    changed = [(name, old, new) for name, old, new in differences(asdict(saved), asdict(settings)) if name not in FREE]
-    if saved.BATCH_SIZE * saved.GRAD_ACCUM_STEPS == settings.BATCH_SIZE * settings.GRAD_ACCUM_STEPS:
-        changed = [c for c in changed if c[0] not in ("BATCH_SIZE", "GRAD_ACCUM_STEPS")]  # the same images in each step
-    refused = [c for c in changed if not (accept_changes and c[0] in TUNABLE)]
-    if not refused:
-        return
-    listed = ", ".join(f"{name} {as_text(old)} -> {as_text(new)}" for name, old, new in refused)
-    way_out = f"to go on, give its own settings: {as_flags({name: old for name, old, _ in refused})}"
-    if all(name in TUNABLE for name, _, _ in refused):
-        way_out += "; to go on with the new ones, add --accept_changes"
-    raise CheckpointError(
-        f"{settings.folder('CHECKPOINT_PATH') / 'latest.pth'} was trained with other settings ({listed}). "
-        f"Either {way_out}; or start anew under another name: --run NAME."
-    )
-
-
-def check_length(saved: Mapping[str, Any] | None, settings: Settings, last_step: int, accept_changes: bool) -> None:
-    """Refuse to resume a run whose learning rate decays if it would end elsewhere: the rate of each step would be another."""
-    before = saved.get("last_step", last_step) if saved else last_step
-    if settings.LR_SCHEDULE != "constant" and before != last_step and not accept_changes:
-        raise CheckpointError(
-            f"LR_SCHEDULE {settings.LR_SCHEDULE}: the learning rate decayed towards step {before:,}, and this command ends at "
-            f"step {last_step:,}. Either give the same --epochs and --max_steps; or decay over the new length with "
-            f"--accept_changes."
-        )
-
-
-# --- images that are not those of the checkpoint ----------------------------------------------------------
-
-
-def fingerprints(data: Mapping[str, Images]) -> dict[str, dict[str, Any]]:
-    """What tells the images of a run from others, wherever they lie, by split."""
-    return {split: {"images": len(images), "fingerprint": images.fingerprint} for split, images in data.items()}
-
-
-def check_data(saved: Mapping[str, Any] | None, settings: Settings, data: Mapping[str, Images], accept_changes: bool) -> None:
-    """Refuse to resume on other images, or say how many there were and are. An older checkpoint does not know its own."""
-    now = fingerprints(data)
-    before = saved.get("data", now) if saved else now
-    counts = {split: (before[split]["images"], now[split]["images"]) for split in now if before[split] != now[split]}
-    changed = ", ".join(f"{split} {old:,} -> {new:,}{' others' if old == new else ''}" for split, (old, new) in counts.items())
-    if changed and not accept_changes:
-        raise CheckpointError(
-            f"{settings.folder('CHECKPOINT_PATH') / 'latest.pth'} was trained on other images ({changed}). Either bring those "
-            f"back or name their folder with --data_path; to go on with the new ones, add --accept_changes; or start anew "
-            f"under another name: --run NAME."
-        )
-    if changed:
-        print(f"note: going on with other images ({changed}); epochs, also those done, count passes over the new ones")
-
-
-def other_measure(saved: Mapping[str, Any], settings: Settings, now: Mapping[str, Any]) -> str:
-    """Why validation losses of the checkpoint do not compare with those to come; "" if they do. now: as `fingerprints`."""
-    if saved["version"] == 1:
-        return "was measured by an older version of this program, with other weights"
-    if saved["config"].VAL_IMAGES != settings.VAL_IMAGES:
-        return f"was measured with VAL_IMAGES {saved['config'].VAL_IMAGES}"
-    return "was measured on other images" if saved.get("data", now)["val"] != now["val"] else ""

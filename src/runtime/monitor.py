@@ -219,14 +219,26 @@ def print_plan(
         "device": f"{device}, {as_text(dtype).removeprefix('torch.')}{together}",
         "network": f"{parameter_count(model):,} parameters",
         "images": f"{len(batches.images):,} for training, {len(val_batches.rows):,} for validation, {size}",
+        "classes": class_line(s, batches.images.classes),
         "steps": f"{last_step:,} in all by {limit} ({per_epoch}), {done}",
         "saves to": s.folder("CHECKPOINT_PATH").resolve(),
         "grids in": s.folder("OUTPUT_PATH").resolve() / "samples",
         "logs in": s.folder("LOG_PATH").resolve(),
     }.items():
-        print(f"{title:<9} {text}", flush=True)
+        if text:
+            print(f"{title:<9} {text}", flush=True)
     for warning in warnings_of(s, last_step, batches.steps_per_epoch, starts_from_noise=not run.init_from):
         print(f"Warning: {warning}", flush=True)
+
+
+def class_line(s: Settings, classes: list[str]) -> str:
+    """Which classes there are and whether the network is told them; "" for pictures that are not sorted into classes."""
+    names = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
+    chosen = f"{len(classes):,}{', chosen by CLASSES' if s.CLASSES else ''}: {names}"
+    if s.CLASS_CONDITIONAL:
+        return f"{chosen}. The network is told which"
+    advice = "The network is not told which; to draw by class, train with --class_conditional true --run NAME"
+    return f"{chosen}. {advice}" if len(classes) > 1 or s.CLASSES else ""
 
 
 def warnings_of(s: Settings, last_step: int, steps_per_epoch: int, starts_from_noise: bool = True) -> list[str]:

@@ -1,6 +1,5 @@
 """A checkpoint ready to draw, for the scripts: the flags that say how to draw, and the drawing itself."""
 
-import difflib
 import hashlib
 import time
 from argparse import Namespace
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from src.classes import parse_classes
 from src.diffusion import Model
 from src.noise import PictureNoise
 from src.runtime.build import build_diffusion, build_model
@@ -21,7 +21,7 @@ from src.runtime.distributed import World
 from src.runtime.flags import PATH, RUN, Kind, choice, number, whole
 from src.runtime.settings import KINDS
 from src.samplers import SAMPLERS, SPACINGS, Noise
-from src.utils import FlagError, count, grid, to_uint8
+from src.utils import FlagError, grid, to_uint8
 
 DEFAULT_STEPS = {"ddim": 50, "dpm++": 20}  # ddpm takes all that the model was trained with
 GIF_FRAMES, GIF_IMAGES = 50, 16  # the most that denoising.gif shows
@@ -67,40 +67,6 @@ def add_drawing_flags(group: Any) -> None:
 def check_drawing_flags(flags: Namespace) -> None:
     if flags.eta and flags.sampler != "ddim":
         raise FlagError(f"--eta: got {flags.eta:g} with --sampler {flags.sampler}; only --sampler ddim takes it.")
-
-
-def parse_classes(text: str, classes: Sequence[str], class_ids: Sequence[str]) -> list[int]:
-    """ "goldfish,n02124075,17" -> labels; "all" -> every label. A class is a name, an id, or an index from 0, also index:17.
-    Exact spelling goes before another case, and the whole text before its parts between commas.
-    Raises FlagError for a word that means no class, or several."""
-    is_name = text in classes or text in class_ids
-    if text.strip().lower() == "all" and not is_name:
-        return list(range(len(classes)))
-    return [find_class(word, classes, class_ids) for word in ([text] if is_name else text.split(","))]
-
-
-def find_class(word: str, classes: Sequence[str], class_ids: Sequence[str]) -> int:
-    """The one label that the word means. Raises FlagError."""
-    word, labels = word.strip(), range(len(classes))
-    number = word.removeprefix("index:")
-    index = int(number) if number.isascii() and number.isdecimal() and len(number) < 10 else -1
-    names = [(names, label) for label, pair in enumerate(zip(classes, class_ids)) for names in pair]
-    exact = {label for name, label in names if name == word}
-    found = exact or {label for name, label in names if name.lower() == word.lower()}
-    found = found | ({index} & set(labels)) if number == word else {index} & set(labels)
-    meanings = [f"index:{label} ({classes[label]})" for label in sorted(found)] + ["every class"] * (word.lower() == "all")
-    if len(meanings) > 1:
-        raise FlagError(f"--classes: {word!r} may mean {' or '.join(meanings)}. Name one class by its index:N.")
-    if found:
-        return found.pop()
-    if number.isdecimal():
-        many = count(len(classes), "class", "classes")
-        raise FlagError(f"--classes: got {word}, but the checkpoint's {many} have indices 0 to {labels[-1]}.")
-    spelt = {name.lower(): name for name, _ in names}
-    near = difflib.get_close_matches(word.lower(), spelt, 3, cutoff=0.5) + [name for name in spelt if word.lower() in name][:3]
-    meant = ", ".join(spelt[name] for name in dict.fromkeys(near))
-    advice = f"did you mean {meant}?" if meant else f"there are {', '.join(classes[:10])}, ..."
-    raise FlagError(f"--classes: the checkpoint has no class {word!r}; {advice}")
 
 
 class Pipeline:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, NoReturn
 
-from src.runtime.flags import PATH, RUN, TRUTH, FlagParser, choice, did_you_mean, expected, number, text, whole, wholes
+from src.runtime.flags import CLASSES, PATH, RUN, TRUTH, FlagParser, choice, did_you_mean, expected, number, text, whole, wholes
 from src.utils import FlagError, UserError
 
 
@@ -25,6 +25,7 @@ class Settings:
     than it: the value with which the program does what it did before."""
 
     DATASET: str = field(metadata=text("the name of a dataset", r".*\S.*", "NAME"))  # src/dataset.py knows which there are
+    CLASSES: str = field(default="", metadata=CLASSES)
     DATA_PATH: str = field(metadata=PATH)
     DATA_URL: str = field(metadata=text("an address that begins with http:// or https://", r"https?://\S+", "URL"))
     DATA_SIZE: int = field(metadata=whole(0, 10**15))

@@ -18,8 +18,7 @@ from torch.utils.data import Dataset
 from src.data import cache
 from src.data.cache import open_or_decode
 from src.data.folder import ImageFolder
-from src.data.shapes import Shapes
-from src.dataset import DATASETS, prepare
+from src.dataset import DATASETS, DeviceImages, prepare
 from src.utils import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -56,17 +55,17 @@ def test_the_cache_holds_the_decoded_images_in_order(tmp_path, monkeypatch, work
     state = torch.get_rng_state()
     images = decode(Numbered(), tmp_path, workers)
     assert torch.equal(state, torch.get_rng_state()), "decoding must not move the run's random numbers"
-    assert images.images[:, 0, 0, 0].tolist() == list(range(10)) and images.images.shape == (10, 3, 8, 8)
+    assert images[:][:, 0, 0, 0].tolist() == list(range(10)) and images.shape == (10, 3, 8, 8)
     assert images.labels.dtype == torch.int64 and images.labels.tolist() == [i % 4 for i in range(10)]
     assert images.classes == images.class_ids == ["0", "1", "2", "3"]
-    np.testing.assert_array_equal(np.load(images.path, mmap_mode="r"), images.images)
+    np.testing.assert_array_equal(np.load(images.path, mmap_mode="r"), images[:])
 
 
 def test_one_picture_of_one_class_is_one(tmp_path, capsys):
     images = decode(ImageFolder(pictures(tmp_path / "mine", 2), "train"), tmp_path / "cache")
     out = capsys.readouterr().out
     assert f"mine train: decoding 1 image to {images.path}\n" in out
-    assert f"mine train: 1 image of 1 class at 8x8, from {images.path}\nclass: all\n" in out
+    assert f"mine train: 1 image of 1 class at 8x8, from {images.path}\n" in out
 
 
 def test_a_dataset_that_such_processes_cannot_get_is_refused_before_one_starts(tmp_path, monkeypatch):
@@ -96,20 +95,22 @@ def test_decoding_works_in_processes_that_start_from_nothing(tmp_path):
     assert result.stdout.endswith("2000\n"), result.stderr
 
 
-def test_the_classes_are_printed_at_each_start(tmp_path, capsys):
-    for _ in range(2):
-        prepare("shapes", "", "val", 8, tmp_path, 0)
-        open_or_decode(Shapes("val", 8), "shapes", "train", 8, "", tmp_path, 0)
-        said = capsys.readouterr().out
-        assert re.search(r"(?m)^shapes val: 2,000 images of 10 classes at 8x8, from ", said)
-        assert said.count("\nclasses: red circle, blue circle, ") == 1
-    many = Numbered(20)
-    many.classes = [f"kind {i}" for i in range(12)]
-    decode(many, tmp_path)
-    assert (
-        "\nclasses: kind 0, kind 1, kind 2, kind 3, kind 4, kind 5, kind 6, kind 7, kind 8, kind 9, ...\n"
-        in capsys.readouterr().out
-    )
+def test_a_choice_of_classes_is_a_view_of_the_one_cache(tmp_path, capsys):
+    every = prepare("shapes", "", "val", 8, tmp_path, 0)
+    assert re.search(r"(?m)^shapes val: 2,000 images of 10 classes at 8x8, from ", capsys.readouterr().out)
+    chosen = {words: prepare("shapes", "", "val", 8, tmp_path, 0, words) for words in ("red star,1,green square", "1,9,2", "9")}
+    for images, labels in zip(chosen.values(), ([9, 1, 2], [1, 9, 2], [9])):
+        rows = [i for i, label in enumerate(every.labels.tolist()) if label in labels]
+        assert images.classes == images.class_ids == [every.classes[label] for label in labels] and len(images) == len(rows)
+        assert [labels[label] for label in images.labels.tolist()] == every.labels[rows].tolist()
+        x_0, y = DeviceImages(images, "cpu").batch(torch.arange(len(rows)))
+        assert torch.equal(x_0, DeviceImages(every, "cpu").batch(torch.tensor(rows))[0]) and torch.equal(y, images.labels)
+        np.testing.assert_array_equal(images[5:9], every[np.array(rows[5:9])])
+        assert images.file.base is not None and images.path == every.path  # mapped, not copied
+    assert "decoding" not in capsys.readouterr().out
+    assert len({images.fingerprint for images in (every, *chosen.values())}) == 4
+    assert prepare("shapes", "", "val", 8, tmp_path, 0, "9").fingerprint == chosen["9"].fingerprint
+    assert prepare("shapes", "", "val", 8, tmp_path, 0, "0,1,2,3,4,5,6,7,8,9").fingerprint == every.fingerprint
 
 
 # --- when it is made again --------------------------------------------------------------------------

@@ -111,7 +111,7 @@ def test_it_is_downloaded_checked_unpacked_and_decoded_once(server, files, tmp_p
     assert (len(train), len(val)) == (5 * PER_FILE, PER_FILE) and train.classes == val.classes == NAMES
     for images, names in ((train, FILES["train"]), (val, FILES["val"])):
         records = np.frombuffer(b"".join(files[name] for name in names), dtype=np.uint8).reshape(-1, RECORD)
-        np.testing.assert_array_equal(images.images, records[:, 1:].reshape(-1, 3, 32, 32))
+        np.testing.assert_array_equal(images[:], records[:, 1:].reshape(-1, 3, 32, 32))
         assert images.labels.tolist() == records[:, 0].tolist()
     assert sorted(os.listdir(tmp_path / "data")) == ["cifar-10-batches-bin", "cifar-10-binary.tar.gz"]
     written = train.path.stat().st_mtime_ns
@@ -223,6 +223,6 @@ def test_a_run_trains_on_it_from_the_download_on_and_draws(run, server):
         "DATA_MD5": hashlib.md5(server.file).hexdigest(),
     }
     out = run.train(DATASET="cifar10", CACHE_PATH="cache", CLASS_CONDITIONAL=True, EPOCHS=1, IMAGE_SIZE=32, **own).out
-    assert "100 images of 10 classes at 32x32" in out and "classes: airplane, automobile" in out
+    assert "100 images of 10 classes at 32x32" in out and "classes   10: airplane, automobile" in out
     run.sample("--checkpoint", "checkpoints/best.pth", "--num_samples", 2, "--steps", 3, "--classes", "cat,ship")
     assert "cat" in (run.folder / "outputs/pictures/001/labels.csv").read_text()

@@ -88,7 +88,7 @@ def test_its_pictures_are_decoded_as_they_are(tiny, tmp_path):
     assert images.classes == source.classes and images.class_ids == WNIDS and images.labels.tolist() == source.labels
     for index in range(18):
         with Image.open(source.files[index]) as image:
-            np.testing.assert_array_equal(images.images[index], np.asarray(image.convert("RGB")).transpose(2, 0, 1))
+            np.testing.assert_array_equal(images[index], np.asarray(image.convert("RGB")).transpose(2, 0, 1))
 
 
 def sort_val(tiny, count, deeper=""):

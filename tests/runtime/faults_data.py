@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from tests.runs import ROOT, Process, Runner
-from tests.runtime.faults import fault
+from tests.runtime.faults import fault, kept, saved_run
 
 # --- settings -----------------------------------------------------------------------------------------
 
@@ -132,6 +132,21 @@ def split_pictures(folder: Path) -> None:
 def split_already(run):
     process = with_pictures(run, split_pictures)
     assert "folder train: 72 images of 4 classes" in process.out and "folder val: 12 images of 4 classes" in process.out
+    return process
+
+
+@fault("CLASSES with a word that means no class")
+def no_such_class(run):
+    process = run.start_train(CLASSES="red star,red circel", CACHE_PATH="cache").wait()
+    assert not run.files("*.npy")
+    return process
+
+
+@fault("CLASSES names others when a run goes on")
+def other_choice(run):
+    before = saved_run(run, CLASSES="red circle,blue circle")
+    process = run.start_train(CLASSES="red circle,green square").wait()
+    kept(run, before)
     return process
 
 

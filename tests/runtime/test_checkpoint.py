@@ -15,16 +15,12 @@ from torch import nn
 from src.dataset import Images
 from src.ema import EMA
 from src.runtime.checkpoint import (
-    FREE,
     TO_RESUME,
-    TUNABLE,
     VERSION,
     CheckpointError,
     Checkpoints,
     DamagedCheckpoint,
     Progress,
-    check_data,
-    check_resume,
     find_latest,
     load_checkpoint,
     load_weights,
@@ -32,6 +28,7 @@ from src.runtime.checkpoint import (
 from src.runtime.distributed import World
 from src.runtime.folders import FolderLock
 from src.runtime.monitor import Meter
+from src.runtime.resume import FREE, TUNABLE, check_data, check_resume
 from src.runtime.settings import KINDS, resolve
 from src.utils import UserError
 from tests.runs import same, signal_at
@@ -309,7 +306,6 @@ def test_other_images_are_refused_with_their_counts_and_accepted_on_request(tmp_
     saved = load_checkpoint(Parts().save(tmp_path / "latest.pth", settings))
     check_data(saved, settings, images(4), False)
     check_data({name: entry for name, entry in saved.items() if name != "data"}, settings, images(5), False)  # an older one
-    check_data(None, settings, images(5), False)
     assert capsys.readouterr().out == ""
     for data, says in ((images(3), "train 4 -> 3"), (images(4, "1"), "val 3 -> 3 others")):
         with pytest.raises(CheckpointError, match=rf"other images \({says}\)\. .*--accept_changes; .*--run NAME"):

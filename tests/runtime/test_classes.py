@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from src.runtime.pipeline import parse_classes
+from src.classes import parse_classes
 from src.utils import FlagError, class_columns, labelled_sheet
 
 CLASSES = ["goldfish", "Egyptian cat", "tailed frog", "bullfrog", "school bus"]
@@ -57,7 +57,7 @@ def test_a_word_that_is_no_class_is_refused_with_the_nearest_names(words, advice
 
 @pytest.mark.parametrize("index", ["5", "1000000", "9" * 30, "index:5"])
 def test_an_index_beyond_the_last_class_is_refused_with_the_range(index):
-    with pytest.raises(FlagError, match=f"got {index}, but the checkpoint's 5 classes have indices 0 to 4"):
+    with pytest.raises(FlagError, match=f"got {index}, but the 5 classes of the checkpoint have indices 0 to 4"):
         parse(index)
 
 

@@ -1,0 +1,75 @@
+"""What a resumed run may not change without being asked: its settings, its length, its images and classes."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from src.dataset import Images
+from src.runtime.checkpoint import CheckpointError, fingerprints
+from src.runtime.settings import Settings, as_flags, as_text, differences
+
+# What a resumed run may change freely: where things are, how fast, how often, how long. (check_data compares classes.)
+FREE = {
+    *("DATA_PATH", "DATA_URL", "DATA_SIZE", "DATA_MD5", "CACHE_PATH", "CHECKPOINT_PATH", "OUTPUT_PATH", "LOG_PATH"),
+    *("NUM_WORKERS", "PRECISION", "COMPILE", "DEVICE", "ACTIVATION_CHECKPOINTING", "RUN", "PREVIEW_GUIDANCE", "CLASSES"),
+    *("EPOCHS", "NUM_SAMPLES", "PREVIEW_STEPS", "VAL_EVERY", "SAVE_EVERY", "SAVE_MINUTES", "SAMPLE_EVERY", "LOG_EVERY"),
+}
+# What changes the experiment but leaves the weights and the count of epochs meaningful: with --accept_changes.
+TUNABLE = {
+    *("HORIZONTAL_FLIP", "DROPOUT", "LABEL_DROPOUT", "MIN_SNR_GAMMA", "VAL_IMAGES"),
+    *("LEARNING_RATE", "LR_SCHEDULE", "WARMUP_STEPS", "GRAD_CLIP", "EMA_DECAY"),
+}
+
+
+def check_resume(saved: Settings, settings: Settings, accept_changes: bool) -> None:
+    """Refuse to resume from a checkpoint with settings that contradict it: say the differences and the way out."""
+    changed = [(name, old, new) for name, old, new in differences(asdict(saved), asdict(settings)) if name not in FREE]
+    if saved.BATCH_SIZE * saved.GRAD_ACCUM_STEPS == settings.BATCH_SIZE * settings.GRAD_ACCUM_STEPS:
+        changed = [c for c in changed if c[0] not in ("BATCH_SIZE", "GRAD_ACCUM_STEPS")]  # the same images in each step
+    refused = [c for c in changed if not (accept_changes and c[0] in TUNABLE)]
+    if not refused:
+        return
+    listed = ", ".join(f"{name} {as_text(old)} -> {as_text(new)}" for name, old, new in refused)
+    way_out = f"to go on, give its own settings: {as_flags({name: old for name, old, _ in refused})}"
+    if all(name in TUNABLE for name, _, _ in refused):
+        way_out += "; to go on with the new ones, add --accept_changes"
+    raise CheckpointError(
+        f"{settings.folder('CHECKPOINT_PATH') / 'latest.pth'} was trained with other settings ({listed}). "
+        f"Either {way_out}; or start anew under another name: --run NAME."
+    )
+
+
+def check_length(saved: Mapping[str, Any] | None, settings: Settings, last_step: int, accept_changes: bool) -> None:
+    """Refuse to resume a run whose learning rate decays if it would end elsewhere: the rate of each step would be another."""
+    before = saved.get("last_step", last_step) if saved else last_step
+    if settings.LR_SCHEDULE != "constant" and before != last_step and not accept_changes:
+        raise CheckpointError(
+            f"LR_SCHEDULE {settings.LR_SCHEDULE}: the learning rate decayed towards step {before:,}, and this command ends at "
+            f"step {last_step:,}. Either give the same --epochs and --max_steps; or decay over the new length with "
+            f"--accept_changes."
+        )
+
+
+# --- images that are not those of the checkpoint ----------------------------------------------------------
+
+
+def check_data(saved: Mapping[str, Any], settings: Settings, data: Mapping[str, Images], accept_changes: bool) -> None:
+    """Refuse to resume on other images or classes, or say how many there were and are. An older checkpoint does not know its
+    own images."""
+    now, has_others = fingerprints(data), saved["classes"] != data["train"].classes
+    before, own = saved.get("data", now), saved["config"].CLASSES
+    counts = {split: (before[split]["images"], now[split]["images"]) for split in now if before[split] != now[split]}
+    changes = [f"{split} {old:,} -> {new:,}{' others' if old == new else ''}" for split, (old, new) in counts.items()]
+    is_fixed = has_others and settings.CLASS_CONDITIONAL  # a label is a row of the network
+    changed = ", ".join(changes + ["other classes"] * is_fixed)
+    if changed and (is_fixed or not accept_changes):
+        way_back = "bring those back or name their folder with --data_path"
+        if has_others and own != settings.CLASSES:
+            way_back = f"give its own classes, {as_flags({'CLASSES': own})}"
+        way_on = "" if is_fixed else "to go on with the new ones, add --accept_changes; "
+        raise CheckpointError(
+            f"{settings.folder('CHECKPOINT_PATH') / 'latest.pth'} was trained on other images ({changed}). Either {way_back}; "
+            f"{way_on}or start anew under another name: --run NAME."
+        )
+    if changed:
+        print(f"note: going on with other images ({changed}); epochs, also those done, count passes over the new ones")
