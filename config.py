@@ -14,8 +14,9 @@ DATA_PATH = "./data/tiny-imagenet-200"  # folder of the images; tiny-imagenet an
 DATA_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"  # of tiny-imagenet, or of any mirror of it
 DATA_SIZE = 248100043  # bytes of that archive, checked after the download; 0 skips the check
 DATA_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"  # md5 of that archive, checked after the download; empty skips the check
-CACHE_PATH = "./data/cache"  # where the decoded images are kept as one uint8 array, 12 kB a picture at 64x64
+CACHE_PATH = "./data/cache"  # where the decoded images are kept as one uint8 array, 12 kB a picture at 64x64 in colour
 IMAGE_SIZE = 64  # pixels per side that the network sees; images are centre-cropped and resized to it
+CHANNELS = 3  # 3 for colour, 1 for grey: pictures are made so, and drawn so
 NUM_WORKERS = -1  # processes that decode images the first time; -1 takes one per CPU core, 0 decodes in the main process
 HORIZONTAL_FLIP = True  # mirror half of the training images at random (DDPM, app. B); false for text and the like
 
@@ -84,7 +85,8 @@ PRESETS = {
     # Ten classes of Tiny ImageNet: goldfish, monarch, sulphur butterfly, ladybug, jellyfish, coral reef, lemon, orange, alp,
     # seashore.
     "nature": dict(
-        DATASET="tiny-imagenet", CLASSES="n01443537, n02279972, n02281406, n02165456, n01910747, n09256479, n07749582, n07747607, "
+        DATASET="tiny-imagenet",
+        CLASSES="n01443537, n02279972, n02281406, n02165456, n01910747, n09256479, n07749582, n07747607, "
         "n09193705, n09428293",
         CLASS_CONDITIONAL=True, UNET_DIM=32, DIM_MULTS=(1, 1, 2, 4), NUM_RES_BLOCKS=1, ATTENTION_RESOLUTIONS=(8,),
         PREDICTION="v", BETA_SCHEDULE="cosine", BATCH_SIZE=16, LEARNING_RATE=1e-3, LR_SCHEDULE="cosine", EMA_DECAY=0.999,

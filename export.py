@@ -78,6 +78,8 @@ def unet_config(s: Settings, model: UNet) -> dict[str, Any]:
     return {
         "_class_name": "UNet2DModel",
         "sample_size": s.IMAGE_SIZE,
+        "in_channels": s.CHANNELS,
+        "out_channels": s.CHANNELS,
         "down_block_types": ["AttnDownBlock2D" if attention else "DownBlock2D" for attention in has_attention],
         "up_block_types": ["AttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(has_attention)],
         "block_out_channels": [s.UNET_DIM * mult for mult in s.DIM_MULTS],
@@ -176,7 +178,7 @@ pipeline(num_inference_steps={s.TIME_STEPS}).images[0].save("picture.png")"""
 from diffusers import DDPMScheduler, UNet2DModel
 unet, scheduler = UNet2DModel.from_pretrained("."), DDPMScheduler.from_pretrained(".")  # this folder
 scheduler.set_timesteps({s.TIME_STEPS})
-x, y = torch.randn(2, 3, {s.IMAGE_SIZE}, {s.IMAGE_SIZE}), torch.tensor([0, 1])  # noise, labels
+x, y = torch.randn(2, {s.CHANNELS}, {s.IMAGE_SIZE}, {s.IMAGE_SIZE}), torch.tensor([0, 1])  # noise, labels
 for t in scheduler.timesteps:
     with torch.no_grad():
         x = scheduler.step(unet(x, t, class_labels=y).sample, t, x).prev_sample

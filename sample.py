@@ -94,7 +94,7 @@ def read_flags(argv: Sequence[str]) -> Namespace:
     where = parser.add_argument_group("what to write")
     where.add_argument("--output_dir", **PATH, help="folder for images/000000.png, ..., grid.png, labels.csv (default: the "
                        "next free outputs/pictures/001, 002, ...); pictures that are there already are kept")  # fmt: skip
-    where.add_argument("--npz", **TRUTH, default=False, help="also samples.npz: arr_0 uint8 [N, H, W, 3], arr_1 the labels")
+    where.add_argument("--npz", **TRUTH, default=False, help="also samples.npz: arr_0 uint8 [N, H, W, C], arr_1 the labels")
     where.add_argument("--gif", **TRUTH, default=False, help="also denoising.gif, or with --interpolate interpolation.gif")
     where.add_argument("--overwrite", **TRUTH, default=False, help="remove pictures drawn with other settings first")
     flags = parser.parse(argv)
@@ -141,9 +141,9 @@ def pictures_of(images: Path) -> dict[int, Path]:
 
 
 def load(path: Path) -> Tensor:
-    """[3, H, W] uint8."""
+    """[C, H, W] uint8."""
     with reading(path), Image.open(path) as image:
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return torch.from_numpy(np.atleast_3d(image)).permute(2, 0, 1)
 
 
 # --- drawing ----------------------------------------------------------------------------------------------
@@ -244,7 +244,7 @@ def save_labels(path: Path, pipeline: Pipeline, seed: int, there: dict[int, Path
 
 def save_npz(path: Path, pipeline: Pipeline, there: dict[int, Path]) -> None:
     """samples.npz as the ADM suite reads it, one picture in memory at a time."""
-    header = {"descr": "|u1", "fortran_order": False, "shape": (len(there), *pipeline.shape[1:], 3)}
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(there), *pipeline.shape[1:], pipeline.shape[0])}
     with atomic_file(path) as file, zipfile.ZipFile(file, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as array:
             np.lib.format.write_array_header_1_0(array, header)

@@ -86,7 +86,7 @@ def train(run: Run, world: World, stop: StopRequest) -> None:
             optimizer.param_groups[0]["lr"] = lr
             torch.manual_seed(noise.seed(s.SEED, noise.DROPOUT, step, world.rank))  # dropout's masks follow from the step, too
             for micro in range(s.GRAD_ACCUM_STEPS):
-                x_0, t, eps, y = batches(step, micro)  # [B, 3, S, S], [B], [B, 3, S, S], [B] or None
+                x_0, t, eps, y = batches(step, micro)  # [B, C, S, S], [B], [B, C, S, S], [B] or None
                 with world.no_sync(parallel, unless=micro == s.GRAD_ACCUM_STEPS - 1):
                     losses = diffusion.training_losses(network, x_0, t, eps, y)  # [B], Eq. (14)
                     scaler.scale(losses.mean() / s.GRAD_ACCUM_STEPS).backward()
@@ -254,7 +254,7 @@ def preview(
     s: Settings, world: World, monitor: Monitor, diffusion: GaussianDiffusion, network: nn.Module, classes: list[str]
 ) -> Tensor:
     """A sheet of NUM_SAMPLES pictures, always from the same noise: those of `sample.py --seed SEED`. [3, H, W] uint8."""
-    device, shape, steps = diffusion.signal.device, (3, s.IMAGE_SIZE, s.IMAGE_SIZE), min(s.PREVIEW_STEPS, s.TIME_STEPS)
+    device, shape, steps = diffusion.signal.device, (s.CHANNELS, s.IMAGE_SIZE, s.IMAGE_SIZE), min(s.PREVIEW_STEPS, s.TIME_STEPS)
     pictures = torch.zeros(s.NUM_SAMPLES, *shape, dtype=torch.uint8)
     labels = torch.arange(s.NUM_SAMPLES) % len(classes)
     batches = torch.arange(s.NUM_SAMPLES).split(world.local_batch_size(s.BATCH_SIZE))

@@ -2,8 +2,9 @@
 
 import difflib
 from collections.abc import Sequence
+from typing import Any
 
-from src.utils import FlagError, count
+from src.utils import FlagError, count, printable
 
 
 def parse_classes(text: str, classes: Sequence[str], class_ids: Sequence[str], owner: str = "the checkpoint") -> list[int]:
@@ -14,6 +15,18 @@ def parse_classes(text: str, classes: Sequence[str], class_ids: Sequence[str], o
     if text.strip().lower() == "all" and not is_name:
         return list(range(len(classes)))
     return [find_class(word, classes, class_ids, owner) for word in ([text] if is_name else text.split(","))]
+
+
+def find_labels(dataset: Any, name: str, classes: str) -> list[int]:
+    """The labels of the classes that CLASSES names, in its order. Raises FlagError."""
+    names = [printable(known) for known in getattr(dataset, "classes", None) or []]
+    ids = [printable(known) for known in getattr(dataset, "class_ids", None) or names]
+    if not names:
+        raise FlagError(f"--classes: {name} does not name its classes. Give its Dataset a list `classes`, or leave this out.")
+    labels = parse_classes(classes, names, ids, name)
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise FlagError(f"--classes: {classes!r} names index:{twice[0]} ({names[twice[0]]}) twice. Name each class once.")
+    return labels
 
 
 def find_class(word: str, classes: Sequence[str], class_ids: Sequence[str], owner: str) -> int:

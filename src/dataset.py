@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from src import noise
-from src.classes import parse_classes
+from src.classes import find_labels
 from src.data.cache import open_or_decode
 from src.data.cifar10 import CIFAR10, CIFAR_10
 from src.data.folder import ImageFolder
 from src.data.images import Images
 from src.data.shapes import Shapes
 from src.data.tiny_imagenet import TINY_IMAGENET, TinyImageNet
-from src.utils import FlagError, UserError, count, printable
+from src.utils import UserError, count
 
 # name -> function of (path, split "train" or "val", image_size) that gives a Dataset of (image, label).
 # An image is a PIL image, a uint8 array [H, W, 3], or a tensor [3, H, W], uint8 or float in [0, 1]; its size is free.
@@ -58,11 +58,12 @@ def prepare(
     cache_path: str | os.PathLike = "./data/cache",
     num_workers: int = -1,
     classes: str = "",
+    channels: int = 3,
 ) -> Images:
     """The split "train" or "val" of dataset `name` at `path`, from its cache file, or decoded first if that is not there or
     no longer true.
 
-    num_workers: processes that decode; -1 is one per core, 0 is this process.
+    num_workers: processes that decode; -1 is one per core, 0 is this process.   channels: 3 for colour, 1 for grey.
     classes: the images of these alone, as parse_classes reads them; "" is all. The cache holds all of them in any case.
     Several processes: let one of them call this first, then the others.
     Raises UserError: no such dataset, an image that cannot be read, a cache folder that cannot be written; and, before an image
@@ -77,7 +78,7 @@ def prepare(
         raise UserError(f"{name} {split} at {path} has no images.")
     labels = find_labels(dataset, name, classes) if classes else None
     source = "" if name == "shapes" else os.path.abspath(path)  # shapes come from no folder
-    images = open_or_decode(dataset, name, split, image_size, source, Path(cache_path), num_workers)
+    images = open_or_decode(dataset, name, split, image_size, source, Path(cache_path), num_workers, channels)
     chosen = images if labels is None else images.of_classes(labels)
     if not len(chosen):
         raise UserError(
@@ -87,20 +88,8 @@ def prepare(
     return chosen
 
 
-def find_labels(dataset: Any, name: str, classes: str) -> list[int]:
-    """The labels of the classes that CLASSES names, in its order. Raises FlagError."""
-    names = [printable(known) for known in getattr(dataset, "classes", None) or []]
-    ids = [printable(known) for known in getattr(dataset, "class_ids", None) or names]
-    if not names:
-        raise FlagError(f"--classes: {name} does not name its classes. Give its Dataset a list `classes`, or leave this out.")
-    labels = parse_classes(classes, names, ids, name)
-    if twice := [label for label in labels if labels.count(label) > 1]:
-        raise FlagError(f"--classes: {classes!r} names index:{twice[0]} ({names[twice[0]]}) twice. Name each class once.")
-    return labels
-
-
 def normalise(u8: Tensor, flip: Tensor | None = None) -> Tensor:
-    """uint8 [B, 3, S, S] -> float32 in [-1, 1], mirrored left to right where flip (bool [B]) is true."""
+    """uint8 [B, C, S, S] -> float32 in [-1, 1], mirrored left to right where flip (bool [B]) is true."""
     if flip is not None:
         every_bit = (flip.to(torch.uint8) * 255)[:, None, None, None]
         u8 = u8 ^ ((u8 ^ u8.flip(-1)) & every_bit)  # what where() means, at five times its speed on a CPU
@@ -110,7 +99,7 @@ def normalise(u8: Tensor, flip: Tensor | None = None) -> Tensor:
 class DeviceImages:
     """Decoded images on a device.
 
-    On a GPU with room, `pixels` uint8 [N, 3, S, S] holds them all; otherwise pixels is None and batches are gathered from the
+    On a GPU with room, `pixels` uint8 [N, C, S, S] holds them all; otherwise pixels is None and batches are gathered from the
     memory-mapped file. `labels` int64 [N] are on the device in both cases.
     """
 
@@ -132,7 +121,7 @@ class DeviceImages:
     def batch(self, rows: Tensor, flip: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """rows: int64 [B] in [0, N), flip: bool [B] or None, both on the CPU.
 
-        Returns x_0 float32 [B, 3, S, S] in [-1, 1] and y int64 [B], on the device.
+        Returns x_0 float32 [B, C, S, S] in [-1, 1] and y int64 [B], on the device.
         """
         device_rows = rows.to(self.device, non_blocking=True)
         u8 = self.gather(rows) if self.pixels is None else self.pixels.index_select(0, device_rows)
@@ -151,9 +140,9 @@ class DeviceImages:
 
 
 class Batch(NamedTuple):
-    x_0: Tensor  # [B, 3, S, S] float32, pixels in [-1, 1]
+    x_0: Tensor  # [B, C, S, S] float32, pixels in [-1, 1]
     t: Tensor  # [B] int64 in [0, T)
-    eps: Tensor  # [B, 3, S, S] float32, standard normal
+    eps: Tensor  # [B, C, S, S] float32, standard normal
     y: Tensor | None  # [B] int64 labels, -1 where hidden; None for a network without labels
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from src.samplers import SAMPLERS, SPACINGS, Denoiser, Noise, Step, Trajectory
 
-Model = Callable[..., Tensor]  # model(x_t, t, y) -> [B, 3, S, S]; t: [B] int64; y: [B] int64 or None
+Model = Callable[..., Tensor]  # model(x_t, t, y) -> [B, C, S, S]; t: [B] int64; y: [B] int64 or None
 
 # --- the schedule: Eq. (2), sec. 4 ----------------------------------------------------------------------
 
@@ -107,7 +107,7 @@ class GaussianDiffusion(nn.Module):
 
     def q_sample(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Noise clean images straight to step t, Eq. (4).
-        x_0: [B, 3, S, S] float, pixels in [-1, 1].   t: [B] int64 in [0, T); 0 means one step of noise.
+        x_0: [B, C, S, S] float, pixels in [-1, 1].   t: [B] int64 in [0, T); 0 means one step of noise.
         noise: like x_0, standard normal.   Returns x_t, like x_0.
         """
         return at(self.signal, t) * x_0 + at(self.sigma, t) * noise
@@ -231,12 +231,12 @@ class GaussianDiffusion(nn.Module):
     ) -> Tensor:
         """Draw images by Alg. 2 or a faster sampler.
 
-        model: (x_t, t, y) -> prediction; a module is put into eval mode and back.   shape: (B, 3, S, S).
+        model: (x_t, t, y) -> prediction; a module is put into eval mode and back.   shape: (B, C, S, S).
         sampler: a name in SAMPLERS.   steps, spacing: as in `path`.   eta: randomness of ddim, 0 to 1.
         noise: x_T, or a function whose value at k = 0 is x_T and at k = 1, 2, ... the fresh noise of step k.
         generator: for the noise that `noise` does not give.   y: [B] int64 labels or None.   guidance: 1 follows the label,
         0 ignores it, more than 1 exaggerates it and needs two network calls a step.   clip_denoised: clip each predicted
-        x_0 to [-1, 1].   Returns [B, 3, S, S] float32.
+        x_0 to [-1, 1].   Returns [B, C, S, S] float32.
         Raises ValueError for an option that is not allowed, FloatingPointError if a prediction is not finite.
         """
         if sampler not in SAMPLERS:

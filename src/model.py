@@ -115,7 +115,7 @@ class UNet(nn.Module):
     image_size: pixels per side, divisible by 2^(levels - 1).   dim: channels at that size.
     dim_mults: channels of each level in units of dim.   num_res_blocks: per level down, one more up.
     attention_resolutions: pixels per side at which attention follows each block; the middle always has it.
-    num_classes: 0 for a network without labels.
+    channels: C of an image, 3 or 1.   num_classes: 0 for a network without labels.
     activation_checkpointing: keep only each block's input for the backward pass and compute the rest again.
     Raises ValueError for sizes that do not divide.
     """
@@ -134,6 +134,7 @@ class UNet(nn.Module):
         dropout: float = 0.0,
         num_classes: int = 0,
         activation_checkpointing: bool = False,
+        channels: int = 3,
     ):
         super().__init__()
         groups = norm_groups(dim)
@@ -152,7 +153,7 @@ class UNet(nn.Module):
 
         levels = [(dim * mult, image_size >> level) for level, mult in enumerate(dim_mults)]  # channels, pixels per side
         smallest = levels[-1][1]
-        self.stem = nn.Conv2d(3, dim, 3, padding=1)
+        self.stem = nn.Conv2d(channels, dim, 3, padding=1)
         skip_dims, h_dim = [dim], dim  # what each skip connection carries, and what flows on
         self.down = nn.ModuleList()
         for level_dim, size in levels:
@@ -174,7 +175,7 @@ class UNet(nn.Module):
             self.up.append(nn.ModuleDict({"blocks": blocks}))
             if size < image_size:
                 self.up[-1]["upsample"] = Upsample(h_dim)
-        self.head = nn.Sequential(nn.GroupNorm(groups, h_dim), nn.SiLU(), zeroed(nn.Conv2d(h_dim, 3, 3, padding=1)))
+        self.head = nn.Sequential(nn.GroupNorm(groups, h_dim), nn.SiLU(), zeroed(nn.Conv2d(h_dim, channels, 3, padding=1)))
 
     def run(self, block: Block, h: Tensor, emb: Tensor) -> Tensor:
         if self.activation_checkpointing and torch.is_grad_enabled():
@@ -182,9 +183,9 @@ class UNet(nn.Module):
         return block(h, emb)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """x: [B, 3, S, S] float, x_t in units in which pixels lie in [-1, 1].   t: [B] int64 in [0, T).
+        """x: [B, C, S, S] float, x_t in units in which pixels lie in [-1, 1].   t: [B] int64 in [0, T).
         y: [B] int64 class labels, -1 where there is none, or None for no labels at all.
-        Returns [B, 3, S, S] float32.
+        Returns [B, C, S, S] float32.
         """
         emb = self.time_mlp(sinusoid(t, self.dim))  # [B, 4 dim]
         if self.class_embedding is not None:
@@ -212,7 +213,7 @@ class UNet(nn.Module):
         norm, activation, conv = self.head
         h = activation(norm(h))
         with torch.autocast(x.device.type, enabled=False):  # float32: near t = T an error here is magnified 160-fold in x_0
-            return conv(h.to(conv.weight.dtype))  # [B, 3, S, S]
+            return conv(h.to(conv.weight.dtype))  # [B, C, S, S]
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -4,10 +4,10 @@ steps t a sampler takes where it takes fewer than all: SPACINGS.
 A sampler is a generator. sampler(x_T, path, predict_x_0, noise, eta) yields (x_s, x_0) after each step: the image that it
 moved to, and the clean image predicted on the way. The last x_s is the result. It receives
 
-    x_T          [B, 3, S, S] float32, standard normal
+    x_T          [B, C, S, S] float32, standard normal
     path         the steps, from the noisiest to the clean image; each is a Step
-    predict_x_0  (x_t, t: int) -> [B, 3, S, S], the network's prediction of the clean image, clipped if wanted
-    noise        (k: int) -> [B, 3, S, S], fresh standard normal noise for step number k = 1, 2, ...
+    predict_x_0  (x_t, t: int) -> [B, C, S, S], the network's prediction of the clean image, clipped if wanted
+    noise        (k: int) -> [B, C, S, S], fresh standard normal noise for step number k = 1, 2, ...
     eta          how random the path is; only ddim reads it
 
 and needs nothing else. All numbers in a Step are Python floats: nothing waits for the GPU.

@@ -129,12 +129,12 @@ def make_folder(folder: Path, flag: str) -> None:
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """[B, 3, S, S] float in [-1, 1] to uint8 in [0, 255], rounded to the nearest, on the CPU."""
+    """[B, C, S, S] float in [-1, 1] to uint8 in [0, 255], rounded to the nearest, on the CPU."""
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
 
 def grid(images: Tensor, columns: int | None = None) -> Tensor:
-    """One image [3, H, W] from [B, 3, S, S] uint8: nearly square, and in full rows if possible."""
+    """One image [3, H, W] from [B, C, S, S] uint8: nearly square, and in full rows if possible."""
     from torchvision.utils import make_grid  # here, because this import takes longer than many a drawing
 
     root = math.ceil(math.sqrt(len(images)))
@@ -148,7 +148,7 @@ def class_columns(classes: int) -> int:
 
 
 def labelled_sheet(images: Tensor, names: Sequence[str], columns: int) -> Tensor:
-    """A grid with a name under each image. images: [B, 3, S, S] uint8. Returns [3, H, W] uint8."""
+    """A grid with a name under each image. images: [B, C, S, S] uint8. Returns [3, H, W] uint8."""
     font, line, columns = ImageFont.load_default(size=11), 14, min(columns, len(images))
     size = images.shape[-1]
     zoom = max(1, round(96 / size))  # wide enough for a name
@@ -165,8 +165,8 @@ def labelled_sheet(images: Tensor, names: Sequence[str], columns: int) -> Tensor
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """[3, H, W] uint8 to a PIL image."""
-    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    """[3, H, W] or [1, H, W] uint8 to a PIL image."""
+    return Image.fromarray(image.permute(1, 2, 0).squeeze(2).contiguous().numpy())
 
 
 def save_png(image: Tensor, path: Path, flush: bool = True) -> None:

@@ -30,6 +30,7 @@ NETWORKS = {
     "as wide as the default": dict(IMAGE_SIZE=8, UNET_DIM=128, DIM_MULTS=(1, 2), ATTENTION_RESOLUTIONS=(4,), NUM_RES_BLOCKS=2),
     "one head of 96 channels": dict(IMAGE_SIZE=8, UNET_DIM=96, DIM_MULTS=(1, 1), ATTENTION_RESOLUTIONS=(8, 4)),
     "single heads of two widths": dict(IMAGE_SIZE=8, UNET_DIM=16, DIM_MULTS=(1, 2), ATTENTION_RESOLUTIONS=(8,)),
+    "grey": dict(IMAGE_SIZE=8, UNET_DIM=64, DIM_MULTS=(1, 2), ATTENTION_RESOLUTIONS=(), CHANNELS=1),
     "one level": dict(IMAGE_SIZE=8, UNET_DIM=16, DIM_MULTS=(1,), ATTENTION_RESOLUTIONS=()),
 }
 
@@ -96,7 +97,7 @@ def test_with_classes_its_parts_draw_our_pictures(tmp_path, network, prediction)
 def test_every_network_has_the_same_output_there(tmp_path, network):
     path, s, model = checkpoint(tmp_path, **NETWORKS[network] | dict(CLASS_CONDITIONAL=True))
     unet = diffusers.UNet2DModel.from_pretrained(run_export(path, tmp_path / "out"))
-    x, t = torch.randn(3, 3, s.IMAGE_SIZE, s.IMAGE_SIZE), torch.tensor([0, 9, 19])
+    x, t = torch.randn(3, s.CHANNELS, s.IMAGE_SIZE, s.IMAGE_SIZE), torch.tensor([0, 9, 19])
     ours = model(x, t, torch.tensor([2, 0, -1]))
     assert ours.std() > 0.1
     torch.testing.assert_close(unet(x, t, class_labels=torch.tensor([2, 0, 3])).sample, ours, rtol=0, atol=2e-5)

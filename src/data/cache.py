@@ -19,7 +19,7 @@ from contextlib import closing, suppress
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,8 +31,22 @@ from src.utils import UserError, atomic_file, count, printable, reading, writing
 
 FORMAT = 2  # of the cache file and of to_uint8; count up when either changes, and caches are made again
 CHUNK = 64  # images that a worker decodes and hands over at a time
-TASK: list[Any] = []  # of a process that decodes, see become_worker
 ABANDONED = 600  # seconds without a write after which a half-made cache is left over from a killed run
+
+
+class Task(NamedTuple):
+    """What is decoded, and to what."""
+
+    dataset: Any
+    channels: int  # 3 for colour, 1 for grey
+    size: int  # pixels per side
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self.dataset), self.channels, self.size, self.size
+
+
+TASKS: list[Task] = []  # the one of a process that decodes, see become_worker
 
 
 class Overtaken(Exception):
@@ -40,7 +54,7 @@ class Overtaken(Exception):
 
 
 def open_or_decode(
-    dataset: Any, name: str, split: str, image_size: int, source: str, cache_path: Path, num_workers: int
+    dataset: Any, name: str, split: str, image_size: int, source: str, cache_path: Path, num_workers: int, channels: int = 3
 ) -> Images:
     """The images of a dataset: from its cache file if that is there and still true, or decoded to it first.
 
@@ -49,12 +63,12 @@ def open_or_decode(
     file of its own and renames it. Raises UserError: an image that cannot be decoded, a cache that cannot be read or written.
     """
     digits = hashlib.sha256(os.fsencode(source)).hexdigest()[:8]  # tell one source from another
-    cache = cache_path / f"{name}-{split}-{image_size}{source and '-' + digits}.npy"
+    cache = cache_path / f"{name}-{split}-{image_size}{'-grey' * (channels == 1)}{source and '-' + digits}.npy"
     fingerprint = getattr(dataset, "fingerprint", None) or sampled_fingerprint(dataset, image_size)
     images, stale = open_cache(cache, fingerprint)
     if images is None:
         print(f"{name} {split}: decoding {count(len(dataset), 'image')} to {cache}" + (f" ({stale})" if stale else ""))
-        write_cache(cache, dataset, image_size, fingerprint, num_workers)
+        write_cache(cache, Task(dataset, channels, image_size), fingerprint, num_workers)
         images, stale = open_cache(cache, fingerprint)
         if images is None:
             raise UserError(f"{cache} cannot be read back after writing it: {stale or 'it is gone'}. Is the disk sound?")
@@ -80,20 +94,20 @@ def cpu_cores() -> int:
 # --- decoding -------------------------------------------------------------------------------------------
 
 
-def decode_chunk(dataset: Any, image_size: int, chunk: int) -> tuple[np.ndarray, np.ndarray, list[tuple[str, str]], list[str]]:
-    """Chunk number `chunk`: uint8 [K, 3, S, S], int64 [K], notes (file, what), and a sentence for each fault.
+def decode_chunk(task: Task, chunk: int) -> tuple[np.ndarray, np.ndarray, list[tuple[str, str]], list[str]]:
+    """Chunk number `chunk`: uint8 [K, C, S, S], int64 [K], notes (file, what), and a sentence for each fault.
 
     Sentences, because an exception would end the work at the first damaged picture.
     """
-    indices = range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(dataset)))
-    images = np.zeros((len(indices), 3, image_size, image_size), dtype=np.uint8)
+    indices = range(len(task.dataset))[chunk * CHUNK : (chunk + 1) * CHUNK]
+    images = np.zeros((len(indices), *task.shape[1:]), dtype=np.uint8)
     labels, faults = np.zeros(len(indices), dtype=np.int64), []
     with warnings.catch_warnings(record=True) as warned:  # Pillow has warnings too; they are not for the user
         warnings.simplefilter("always")
         for i, index in enumerate(indices):
             try:
-                image, labels[i] = dataset[index]
-                images[i] = to_uint8(image, image_size)
+                image, labels[i] = task.dataset[index]
+                images[i] = to_uint8(image, task.size, task.channels)
             except UserError as error:
                 faults.append(str(error))
             except OSError as error:  # of a dataset that is not ours
@@ -101,9 +115,9 @@ def decode_chunk(dataset: Any, image_size: int, chunk: int) -> tuple[np.ndarray,
     return images, labels, [w.message.args for w in warned if isinstance(w.message, PictureNote)], faults
 
 
-def become_worker(*task: Any) -> None:
-    """Make this process one that decodes chunks of `task`: (dataset, image_size). It ends with its parent, even by SIGKILL."""
-    TASK[:] = task
+def become_worker(task: Task) -> None:
+    """Make this process one that decodes chunks of `task`. It ends with its parent, even by SIGKILL."""
+    TASKS[:] = [task]
     for number in (signal.SIGINT, signal.SIGTERM):  # a terminal sends Ctrl-C, and SLURM SIGTERM, to the workers too
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
@@ -116,20 +130,19 @@ def end_with_parent() -> None:
 
 
 def in_worker(chunk: int) -> tuple:
-    dataset, image_size = TASK
-    return decode_chunk(dataset, image_size, chunk)
+    return decode_chunk(TASKS[0], chunk)
 
 
-def chunks(dataset: Any, image_size: int, num_workers: int) -> Generator[tuple, None, None]:
+def chunks(task: Task, num_workers: int) -> Generator[tuple, None, None]:
     """What decode_chunk gives, for all chunks in order. The workers are at most a few chunks ahead of whoever reads."""
-    last = math.ceil(len(dataset) / CHUNK)
+    last = math.ceil(len(task.dataset) / CHUNK)
     workers = min(cpu_cores() if num_workers < 0 else num_workers, last)
     if workers <= 1:
-        yield from (decode_chunk(dataset, image_size, chunk) for chunk in range(last))
+        yield from (decode_chunk(task, chunk) for chunk in range(last))
         return
     if multiprocessing.get_start_method() != "fork":
-        check_picklable(dataset)
-    pool = ProcessPoolExecutor(workers, initializer=become_worker, initargs=(dataset, image_size))
+        check_picklable(task.dataset)
+    pool = ProcessPoolExecutor(workers, initializer=become_worker, initargs=(task,))
     try:
         ahead: deque[Future] = deque()
         for chunk in range(last):
@@ -157,13 +170,13 @@ def check_picklable(dataset: Any) -> None:
         ) from error
 
 
-def decoded(dataset: Any, image_size: int, num_workers: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def decoded(task: Task, num_workers: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The chunks of a dataset in order, with a progress bar. Raises UserError that names all images that cannot be decoded."""
     faults: list[str] = []
     files: dict[str, list[str]] = defaultdict(list)  # by what is to be noted of them
     with (
-        tqdm(total=len(dataset), desc="decoding", unit=" images", unit_scale=True, disable=None) as bar,
-        closing(chunks(dataset, image_size, num_workers)) as results,
+        tqdm(total=len(task.dataset), desc="decoding", unit=" images", unit_scale=True, disable=None) as bar,
+        closing(chunks(task, num_workers)) as results,
     ):
         for images, labels, notes, new_faults in results:
             faults += new_faults
@@ -180,13 +193,13 @@ def decoded(dataset: Any, image_size: int, num_workers: int) -> Iterator[tuple[n
 
 
 # --- the cache file -------------------------------------------------------------------------------------
-# Three .npy arrays in one file: images uint8 [N, 3, S, S] (so np.load(file, mmap_mode="r") opens them), labels
+# Three .npy arrays in one file: images uint8 [N, C, S, S] (so np.load(file, mmap_mode="r") opens them), labels
 # int64 [N], and a JSON text. The text comes last: a file that has it is whole.
 
 
-def write_cache(cache: Path, dataset: Any, image_size: int, fingerprint: str, num_workers: int) -> None:
+def write_cache(cache: Path, task: Task, fingerprint: str, num_workers: int) -> None:
     """Decode and write. Plain writes, no writable map: on a full disk a map would kill the process (SIGBUS)."""
-    shape = (len(dataset), 3, image_size, image_size)
+    dataset, shape = task.dataset, task.shape
     with writing(cache, "--cache_path", f"It needs {math.prod(shape) / 1e6:,.0f} MB."):
         cache.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(cache)
@@ -195,7 +208,7 @@ def write_cache(cache: Path, dataset: Any, image_size: int, fingerprint: str, nu
         content, all_labels = hashlib.sha256(str(shape).encode()), []
         with suppress(Overtaken), atomic_file(cache) as file:
             np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-            for images, labels in decoded(dataset, image_size, num_workers):
+            for images, labels in decoded(task, num_workers):
                 file.write(images.data)
                 content.update(images.data)
                 all_labels.append(labels)

@@ -1,4 +1,4 @@
-"""From one picture of any kind to uint8 RGB [3, S, S]. Damaged files are named; what files leave open is guessed and noted."""
+"""From one picture of any kind to uint8 [C, S, S] in RGB or grey. Damaged files are named; guesses are noted."""
 
 import contextlib
 import functools
@@ -103,15 +103,16 @@ def note(image: Image.Image, what: str) -> None:
     warnings.warn(PictureNote(name_of(image), what), stacklevel=2)
 
 
-def to_uint8(image: Image.Image | np.ndarray | torch.Tensor, size: int) -> np.ndarray:
-    """Upright, in sRGB, on white where transparent, cut to the exact central square, scaled: uint8 [3, size, size].
+def to_uint8(image: Image.Image | np.ndarray | torch.Tensor, size: int, channels: int = 3) -> np.ndarray:
+    """Upright, in sRGB, on white where transparent, cut to the exact central square, scaled: uint8
+    [channels, size, size]; 3 channels are RGB, 1 is grey (ITU-R 601 luma, which leaves R = G = B as it is).
 
     image: a PIL image of any mode, a uint8 array [H, W, 3], [H, W, 1] or [H, W], or a tensor [3, H, W] or [1, H, W], uint8
     or float in [0, 1]. Nothing is resampled if a cut is enough.
     Raises UserError that names the file if a PIL image cannot be decoded, ValueError for other arrays.
     """
     if not isinstance(image, Image.Image):
-        return to_uint8(from_array(image), size)
+        return to_uint8(from_array(image), size, channels)
     with decoding(name_of(image)):
         drafted = image.draft(None, (2 * size, 2 * size))  # a JPEG decodes at 1/2, 1/4 or 1/8 in a fraction of the time
         rgb = flatten(image)
@@ -122,7 +123,8 @@ def to_uint8(image: Image.Image | np.ndarray | torch.Tensor, size: int) -> np.nd
             if side == size:
                 left, top = int(left), int(top)
             rgb = rgb.resize((size, size), Image.Resampling.LANCZOS, (left, top, left + side, top + side), reducing_gap=3.0)
-        return np.ascontiguousarray(np.asarray(upright(rgb, image)).transpose(2, 0, 1))
+        picture = upright(rgb if channels == 3 else rgb.convert("L"), image)
+        return np.ascontiguousarray(np.atleast_3d(np.asarray(picture)).transpose(2, 0, 1))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -12,9 +12,9 @@ import torch
 
 @dataclass
 class Images:
-    """Decoded images: image i is images[i], uint8 [3, S, S].
+    """Decoded images: image i is images[i], uint8 [C, S, S].
 
-    file: uint8 [M, 3, S, S], all of the file `path`, mapped.   rows: int64 [N], which of them are these; all, if not given.
+    file: uint8 [M, C, S, S], all of the file `path`, mapped.   rows: int64 [N], which of them are these; all, if not given.
     labels: int64 [N], in [0, len(classes)).
     fingerprint: 16 hex digits that follow from the decoded pixels, the labels and their order, and cost nothing at a start.
         Moving, renaming or copying the data changes nothing. It notices an image that was added, removed, edited or put
@@ -38,7 +38,7 @@ class Images:
         return len(self.rows)
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        """A copy of image number `index`, or of several: uint8 [K, 3, S, S] for a slice or an array of numbers."""
+        """A copy of image number `index`, or of several: uint8 [K, C, S, S] for a slice or an array of numbers."""
         return self.file[self.rows[index]]
 
     @property

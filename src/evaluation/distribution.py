@@ -161,7 +161,7 @@ class FeatureNetwork:
         with tqdm(total=len(pictures), desc=f"features of {pictures.name}", unit=" pictures", disable=None) as bar:
             for start in range(0, len(pictures), batch_size):
                 began = time.perf_counter()
-                batch = torch.from_numpy(np.array(pictures.pixels[start : start + batch_size]))
+                batch = torch.from_numpy(np.array(pictures.pixels[start : start + batch_size])).expand(-1, 3, -1, -1)
                 parts.append([output.cpu() for output in self.module(batch.to(self.device))])
                 if start == batch_size:  # the second, because the first one allocates and picks kernels
                     seconds = (time.perf_counter() - began) * (len(pictures) - start) / len(batch)

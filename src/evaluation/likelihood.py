@@ -25,7 +25,7 @@ def bits_per_dimension(nats: Tensor, dimensions: int) -> Tensor:
 
 
 def prior_term(diffusion: GaussianDiffusion, x_0: Tensor) -> Tensor:
-    """L_T. x_0: [B, 3, S, S] in [-1, 1]. Returns [B] float64 nats."""
+    """L_T. x_0: [B, C, S, S] in [-1, 1]. Returns [B] float64 nats."""
     abar = diffusion.alphas_cumprod[-1]
     return 0.5 * (abar * (x_0.cpu().double().square() - 1) - torch.log1p(-abar)).flatten(1).sum(1)
 
@@ -49,7 +49,7 @@ def log_normal_mass(low: Tensor, high: Tensor) -> Tensor:
 
 def decoder_term(x_0: Tensor, mean: Tensor, std: float) -> Tensor:
     """L_0, Eq. (13): -log of the mass that N(mean, std^2) puts on each grey level's bin. The bins of black and white are open
-    to the outside. x_0, mean: [B, 3, S, S]. Returns [B] float64 nats."""
+    to the outside. x_0, mean: [B, C, S, S]. Returns [B] float64 nats."""
     x_0, mean = x_0.cpu().double(), mean.cpu().double()
     low = torch.where(x_0 < -1 + HALF_BIN, -math.inf, (x_0 - HALF_BIN - mean) / std)
     high = torch.where(x_0 > 1 - HALF_BIN, math.inf, (x_0 + HALF_BIN - mean) / std)
@@ -68,7 +68,7 @@ def step_terms(
 ) -> Tensor:
     """The term of step t for each image, from one draw of x_t: L_{t-1}, or L_0 where t = 0.
 
-    x_0: [B, 3, S, S] grey levels in [-1, 1].   t: [B] int64 in [0, T).   eps: like x_0, standard normal.
+    x_0: [B, C, S, S] grey levels in [-1, 1].   t: [B] int64 in [0, T).   eps: like x_0, standard normal.
     y: [B] int64 labels or None.   clip_denoised: as in sampling, the model's mean comes from x_0 clipped to [-1, 1].
     Returns [B] float64 nats on the CPU.
     """

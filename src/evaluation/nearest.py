@@ -51,7 +51,7 @@ def nearest(views: np.ndarray, pool: Any, count: int, device: torch.device) -> N
 
 def nearest_sheet(samples: np.ndarray, pool: Any, found: Neighbours, unit: float) -> Tensor:
     """A row for each sample: itself, then its nearest pictures, mirrored if that is nearer, with distances in this unit.
-    samples, pool: uint8 [N, 3, S, S]."""
+    samples, pool: uint8 [N, C, S, S]."""
     pictures, names = [], []
     for i, (distances, rows, mirrored) in enumerate(zip(*(x[:SHEET_ROWS].tolist() for x in found))):
         pictures += [samples[i], *(pool[row][..., ::-1] if mirror else pool[row] for row, mirror in zip(rows, mirrored))]
@@ -65,6 +65,7 @@ def measure_nearest(ev: Evaluation) -> dict[str, Any]:
     if not ev.world.is_main:  # all processes draw, the main one does the rest
         return {}
     train, val = ev.pictures("train"), ev.pictures("val")
+    samples = samples.with_channels(ev.settings.CHANNELS)
     some = torch.randperm(len(val), generator=torch.Generator().manual_seed(noise.VALIDATION))[: len(samples)]
     others = PictureSet("validation pictures", val.pixels[some.numpy()])
     drawing = None if flags.samples else ev.drawing()

@@ -19,7 +19,7 @@ SHEETS = {"grid.png", "interpolation.png", "denoising.gif"}  # what it wrote amo
 
 @dataclass
 class PictureSet:
-    """pixels: uint8 [N, 3, S, S], an array, or the Images of a dataset. name: where they come from, for people."""
+    """pixels: uint8 [N, C, S, S], an array, or the Images of a dataset. name: where they come from, for people."""
 
     name: str
     pixels: Any
@@ -41,6 +41,15 @@ class PictureSet:
 
     def mirrored(self) -> "PictureSet":
         return PictureSet(self.name, np.ascontiguousarray(self.pixels[..., ::-1]))
+
+    def with_channels(self, channels: int) -> "PictureSet":
+        """The same in colour (3) or in grey (1), as src/data/decode.py makes it."""
+        if channels == self.pixels.shape[1]:
+            return self
+        if channels == 3:
+            return PictureSet(self.name, np.repeat(self.pixels[:], 3, axis=1))
+        luma = np.tensordot(np.array([19595, 38470, 7471], np.uint32), self.pixels[:], (0, 1))[:, None]
+        return PictureSet(self.name, (luma + 32768 >> 16).astype(np.uint8))
 
     def about(self) -> dict[str, object]:
         return {"from": self.name, "count": len(self), "size": self.size, "fingerprint": self.fingerprint}
@@ -86,7 +95,7 @@ def read_folder(path: Path, flag: str) -> PictureSet:
 
 
 def read_npz(path: Path, flag: str) -> PictureSet:
-    """arr_0, uint8 [N, H, W, 3]: what `sample.py --npz` and `evaluate.py --npz` write, and the ADM suite reads."""
+    """arr_0, uint8 [N, H, W, 3] or [N, H, W, 1]: what `sample.py --npz` and `evaluate.py --npz` write."""
     expected = "expected arr_0, uint8 [N, H, W, 3], as 'sample.py --npz' writes it"
     try:
         with np.load(path, allow_pickle=False) as archive:
@@ -96,7 +105,7 @@ def read_npz(path: Path, flag: str) -> PictureSet:
         raise UserError(f"{flag}: {path} cannot be read as an .npz ({why}); {expected}.") from None
     if array is None:
         raise UserError(f"{flag}: {path} holds {', '.join(names) or 'nothing'}; {expected}.")
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or not array.size:
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3) or not array.size:
         raise UserError(f"{flag}: {path} holds arr_0, {array.dtype} {list(array.shape)}; {expected}.")
     return PictureSet(str(path), np.ascontiguousarray(array.transpose(0, 3, 1, 2)))
 

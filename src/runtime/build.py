@@ -25,6 +25,7 @@ def build_model(settings: Settings, num_classes: int) -> UNet:
             num_res_blocks=settings.NUM_RES_BLOCKS,
             attention_resolutions=settings.ATTENTION_RESOLUTIONS,
             dropout=settings.DROPOUT,
+            channels=settings.CHANNELS,
             num_classes=num_classes if settings.CLASS_CONDITIONAL else 0,
             activation_checkpointing=settings.ACTIVATION_CHECKPOINTING,
         )
@@ -43,7 +44,7 @@ def open_images(settings: Settings, split: str) -> Images:
     """The split "train" or "val" of the data, downloaded and decoded first if need be."""
     s = settings
     obtain(s.DATASET, s.DATA_PATH, s.DATA_URL, s.DATA_SIZE, s.DATA_MD5)
-    return prepare(s.DATASET, s.DATA_PATH, split, s.IMAGE_SIZE, s.CACHE_PATH, s.NUM_WORKERS, s.CLASSES)
+    return prepare(s.DATASET, s.DATA_PATH, split, s.IMAGE_SIZE, s.CACHE_PATH, s.NUM_WORKERS, s.CLASSES, s.CHANNELS)
 
 
 def build_batches(settings: Settings, images: DeviceImages, world: World = World()) -> TrainBatches:

@@ -21,7 +21,7 @@ ELSEWHERE = dict(
     learning_rate="lr base_lr", batch_size="b bs batch", epochs="epoch n_epochs num_epochs", ema_decay="ema ema_rate",
     grad_accum_steps="accumulation_steps gradient_accumulation_steps", grad_clip="clip max_grad_norm", prediction="objective",
     steps="num_steps n_steps ddim_steps sampling_steps num_inference_steps", max_steps="steps num_steps iters train_steps",
-    time_steps="t timesteps num_timesteps diffusion_steps", beta_schedule="schedule noise_schedule", unet_dim="dim channels",
+    time_steps="t timesteps num_timesteps diffusion_steps", beta_schedule="schedule noise_schedule", unet_dim="dim",
     dim_mults="ch_mult channel_mult", image_size="size img_size res resolution", class_conditional="cond class_cond",
     device="gpu gpus gpu_id gpu_ids device_id cuda", precision="amp fp16 bf16 mixed_precision", num_workers="j workers",
     data_path="data data_dir dataset_path root", output_dir="o out outdir output output_path save_dir",
@@ -67,8 +67,8 @@ def wholes(fewest: int, most: int, high: int) -> Kind:
     return kind(expected, read, lambda x: fewest <= len(x) <= most and all(1 <= n <= high for n in x), metavar="N,N")
 
 
-def choice(*words: str, **options: Any) -> Kind:
-    """One of the words, in upper or lower case."""
+def choice(*words: Any, **options: Any) -> Kind:
+    """One of the words, in upper or lower case; of other values with a type for them."""
     return {"type": lambda value: str(value).lower(), "choices": words, "metavar": "WORD"} | options
 
 
@@ -98,7 +98,7 @@ TRUTH |= {"nargs": "?", "const": True}  # --gif alone is --gif true
 
 
 def expected(kind: Mapping[str, Any]) -> str:
-    *words, last = kind.get("choices") or [kind["type"].__name__]
+    *words, last = map(str, kind.get("choices") or [kind["type"].__name__])
     return f"{', '.join(words)} or {last}" if words else last
 
 
@@ -130,7 +130,7 @@ class FlagParser(argparse.ArgumentParser):
         flag, _, problem = message.removeprefix("argument ").partition(": ")
         action = self._option_string_actions.get(flag)
         if action and problem.startswith(("expected ", "invalid ")):
-            found = re.search(r"(?:value|choice): (('|\").*?\2)(?:,| \(|$)", problem, re.DOTALL)
+            found = re.search(r"(?:value|choice): ((['\"]?).*?\2)(?:,| \(|$)", problem, re.DOTALL)
             problem = f"{f'got {found[1]}' if found else 'no value given'}, expected {expected(vars(action))}"
         raise FlagError(f"{flag}: {problem}.")
 

@@ -102,7 +102,7 @@ class Pipeline:
         self.choice, self.is_compiled = flags.compile, False
         self.compile_for(0)  # if the flag says so, whatever the number of calls
         self.diffusion = build_diffusion(s).to(self.device)
-        self.shape = (3, s.IMAGE_SIZE, s.IMAGE_SIZE)
+        self.shape = (s.CHANNELS, s.IMAGE_SIZE, s.IMAGE_SIZE)
         self.sampler, self.spacing, self.eta, self.guidance = flags.sampler, flags.spacing, flags.eta, flags.guidance
 
     def label(self, index: int) -> int | None:
@@ -164,7 +164,7 @@ class Pipeline:
         start: Callable[[Sequence[int]], tuple[Noise, Tensor | None, Model]],
         frames: list | None = None,
     ) -> Iterator[tuple[Sequence[int], Tensor]]:
-        """This process's part of the pictures number `indices`, batch by batch: (their numbers, [B, 3, S, S] uint8).
+        """This process's part of the pictures number `indices`, batch by batch: (their numbers, [B, C, S, S] uint8).
         start: as the method above, for a given seed.   frames: a list that gets what denoising.gif shows of the first batch."""
         firsts = self.world.shard(range(0, len(indices), batch_size))
         for first in firsts:
@@ -176,7 +176,7 @@ class Pipeline:
 
     @torch.no_grad()
     def draw(self, noise: Noise, y: Tensor | None, network: Model, bar: tqdm, frames: list | None = None) -> Tensor:
-        """One batch from noise(0), [B, 3, S, S], as uint8."""
+        """One batch from noise(0), [B, C, S, S], as uint8."""
         path, denoiser = self.diffusion.path(self.steps, self.spacing), self.diffusion.denoiser(network, y, self.guidance)
         every = -(-self.steps // GIF_FRAMES)
         for k, (x, x_0) in enumerate(

@@ -32,6 +32,7 @@ class Settings:
     DATA_MD5: str = field(metadata=text("32 hexadecimal digits in lower case, or ''", r"([0-9a-f]{32})?", "MD5"))
     CACHE_PATH: str = field(metadata=PATH)
     IMAGE_SIZE: int = field(metadata=whole(8, 1024))
+    CHANNELS: int = field(default=3, metadata=choice(1, 3, type=lambda x: int(str(x)), metavar="N"))
     NUM_WORKERS: int = field(metadata=whole(-1, 1024))
     HORIZONTAL_FLIP: bool = field(metadata=TRUTH)
     UNET_DIM: int = field(metadata=whole(8, 1024))

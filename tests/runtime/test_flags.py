@@ -136,7 +136,7 @@ HINTS = {
         "--epochs": "--epoch --n_epochs --num-epochs",
         "--max_steps": "--steps --iters",
         "--image_size": "--resolution --img_size --size",
-        "--unet_dim": "--channels --dim",
+        "--unet_dim": "--dim",
         "--time_steps": "--timesteps --num_timesteps --diffusion_steps",
         "--beta_schedule": "--noise_schedule",
         "--prediction": "--objective",
