@@ -3,10 +3,10 @@
 FID and its relatives by default; --nll, --loss and --nearest for the rest. docs/evaluation.md says what each figure means.
 """
 
-import signal
+from src.runtime import early
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() listens: Ctrl-C amid the imports shows no traceback
+if __name__ == "__main__":
+    early.settle()  # before torch is imported
 
 import os
 import shlex

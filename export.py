@@ -1,9 +1,9 @@
 """Take a model elsewhere: `python export.py` writes a folder that Hugging Face diffusers opens, or the weights alone."""
 
-import signal
+from src.runtime import early
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below ends without a traceback
+if __name__ == "__main__":
+    early.settle()  # before torch is imported
 
 import io
 import json

@@ -1,9 +1,9 @@
 """Draw pictures from a checkpoint, which carries all that is needed: `python sample.py --checkpoint checkpoints/best.pth`."""
 
-import signal
+from src.runtime import early
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below ends without a traceback
+if __name__ == "__main__":
+    early.settle()  # before torch is imported
 
 import csv
 import io

@@ -3,10 +3,10 @@
 The same command goes on where the last run stopped.
 """
 
-import signal
+from src.runtime import early
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below ends without a traceback
+if __name__ == "__main__":
+    early.settle()  # before torch is imported
 
 import contextlib
 import math

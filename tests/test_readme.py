@@ -14,7 +14,9 @@ import torch
 from PIL import Image
 
 import config
+from src.runtime.early import cores
 from src.runtime.settings import KINDS
+from src.utils import count
 from tests.runs import ROOT, Process
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -97,6 +99,17 @@ def test_every_command_works_in_the_order_of_the_page(results):
     assert len(results) >= 35 and {"train.py", "sample.py", "evaluate.py", "export.py"} <= set(" ".join(results).split())
     failed = {command: said for command, (code, said) in results.items() if code or "Traceback" in said}
     assert not failed, "\n\n".join(f"{command}\n{said}" for command, said in failed.items())
+
+
+@pytest.mark.slow
+def test_the_first_command_draws_with_every_core_where_nobody_has_set_a_number_of_threads(clone):
+    """Threads that spin as libgomp has it made this take minutes on a busy machine."""
+    first = next(command for command in COMMANDS if command.startswith("python sample.py"))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP", "GOMP"))}
+    _, script, *words = [*shlex.split(first), "--output_dir", "own-threads", "--device", "cpu"]
+    command = [sys.executable, ROOT / script, *words]
+    done = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and f"CPU, {count(cores(), 'thread')}" in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.slow

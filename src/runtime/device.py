@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from src.runtime.early import others
 from src.runtime.kernels import speed_up
 from src.utils import FlagError, count
 
@@ -141,7 +142,10 @@ def describe(device: torch.device) -> str:
         return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
     if device.type == "mps":
         return f"Apple GPU ({platform.processor()})"
-    return f"CPU, {count(torch.get_num_threads(), 'thread')}"
+    threads = torch.get_num_threads()
+    is_crowded = threads > 1 and (busy := others()) > max(0, (os.cpu_count() or 1) - threads)
+    advice = f" ({busy} of other programs run as well: try OMP_NUM_THREADS=1)" if is_crowded else ""
+    return f"CPU, {count(threads, 'thread')}{advice}"
 
 
 def synchronize(device: torch.device) -> None:
