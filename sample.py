@@ -37,16 +37,16 @@ from src.utils import (
     class_columns,
     count,
     flush_folder,
-    grid,
-    labelled_sheet,
     make_folder,
     reading,
     save_gif,
     save_png,
+    sheet,
     writing,
 )  # fmt: skip
 
 SHEET_PICTURES = 256  # the most that grid.png shows
+HALVES = ("x_t: noise becomes a picture", "x_0: the picture the network expects")  # of denoising.gif
 FILES = ("grid.png", "labels.csv", "samples.npz", "denoising.gif", "interpolation.png", "interpolation.gif")
 
 
@@ -186,7 +186,7 @@ def draw(pipeline: Pipeline, flags: Namespace, out: Path, points: Points) -> Non
     how = f"{flags.sampler} in {count(pipeline.steps, 'step')}"
     print(f"drawing    {count(len(missing), 'picture')} by {how}: about {duration(seconds)}")
 
-    frames: list[Tensor] | None = [] if is_wanted else None
+    frames: list[list[Tensor]] | None = [] if is_wanted else None
     start = walk(pipeline, points, flags.interp_steps) if points else partial(pipeline.start, flags.seed)
     steps = len(pipeline.world.shard(range(0, len(missing), flags.batch_size))) * pipeline.steps
     with (
@@ -201,7 +201,8 @@ def draw(pipeline: Pipeline, flags: Namespace, out: Path, points: Points) -> Non
         list(saving)
         flush_folder(out / "images")
         if frames:
-            save_gif(frames, gif)
+            halves = [torch.stack([*map(sheet, pair)]) for pair in frames]
+            save_gif([sheet(pair, HALVES, columns=2, zoom=1) for pair in halves], gif)
 
 
 # --- what lies beside the pictures ------------------------------------------------------------------------
@@ -213,16 +214,16 @@ def finish(pipeline: Pipeline, flags: Namespace, out: Path, points: Points) -> l
     shown = torch.stack([load(path) for path in list(there.values())[:SHEET_PICTURES]])
     with writing(out, "--output_dir"):
         if points:
-            save_png(grid(shown, columns=flags.interp_steps), out / "interpolation.png")
+            save_png(sheet(shown, columns=flags.interp_steps), out / "interpolation.png")
             if flags.gif:
-                save_gif([load(path) for path in there.values()], out / "interpolation.gif")
+                save_gif([sheet(load(path)[None]) for path in there.values()], out / "interpolation.gif")
         else:
             if pipeline.labels:
                 names = [pipeline.classes[pipeline.label(i)] for i in list(there)[: len(shown)]]
-                sheet = labelled_sheet(shown, names, class_columns(len(pipeline.labels)))
+                picture = sheet(shown, names, class_columns(len(pipeline.labels)))
             else:
-                sheet = grid(shown)
-            save_png(sheet, out / "grid.png")
+                picture = sheet(shown)
+            save_png(picture, out / "grid.png")
             save_labels(out / "labels.csv", pipeline, flags.seed, there)
         if flags.npz:
             save_npz(out / "samples.npz", pipeline, there)

@@ -49,7 +49,7 @@ from src.runtime.monitor import Meter, Monitor, print_plan, print_summary
 from src.runtime.resume import check_data, check_length, check_resume
 from src.runtime.settings import Run, Settings, as_flags, differences, resolve
 from src.runtime.signals import StopRequest, run_script
-from src.utils import UserError, class_columns, grid, labelled_sheet, make_folder, save_png, to_uint8, writing
+from src.utils import UserError, class_columns, make_folder, save_png, sheet, to_uint8, writing
 
 LR_FLOOR = 0.01  # of LEARNING_RATE: what a decaying schedule ends at
 
@@ -227,8 +227,8 @@ def judge(
             sheets = {}
             for name, network in networks.items():
                 sheets[name] = preview(s, world, monitor, diffusion, network, checkpoints.classes)
-        for name, sheet in sheets.items():
-            monitor.image(step, f"samples/{name}", sheet)
+        for name, picture in sheets.items():
+            monitor.image(step, f"samples/{name}", picture)
         if world.is_main:
             name = f"epoch_{epoch:03}.png" if ends_epoch else f"step_{step:06}.png"
             with writing(path := s.folder("OUTPUT_PATH") / "samples" / name, "--output_path"):
@@ -265,8 +265,8 @@ def preview(
         pictures[indices] = to_uint8(images)
     pictures = world.sum(pictures)  # those of the other processes are zero here
     if not s.CLASS_CONDITIONAL:
-        return grid(pictures)
-    return labelled_sheet(pictures, [classes[label] for label in labels], class_columns(len(classes)))
+        return sheet(pictures)
+    return sheet(pictures, [classes[label] for label in labels], class_columns(len(classes)))
 
 
 def main() -> int:

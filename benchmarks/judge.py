@@ -33,7 +33,7 @@ from src.data.shapes import KINDS, distance
 from src.dataset import Images
 from src.runtime.build import open_images
 from src.runtime.pipeline import Pipeline
-from src.utils import atomic_file, labelled_sheet, save_png
+from src.utils import atomic_file, save_png, sheet
 
 STEPS, BATCH = 2000, 50  # of the classifier
 VIEW = 10_000  # pictures of a set, at most, that the figures look at
@@ -207,7 +207,7 @@ def measure(args: Args) -> None:
         table.add(what="drawn", **judge(drawn, bool(pipeline.labels)))
     table.print()
     if args.sheet:
-        save_png(labelled_sheet(torch.from_numpy(drawn[:100]), names[:100], 10), args.sheet)
+        save_png(sheet(torch.from_numpy(drawn[:100]), names[:100], 10), args.sheet)
 
 
 FLAGS: common.Flags = {

@@ -133,35 +133,37 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
 
-def grid(images: Tensor, columns: int | None = None) -> Tensor:
-    """One image [3, H, W] from [B, C, S, S] uint8: nearly square, and in full rows if possible."""
-    from torchvision.utils import make_grid  # here, because this import takes longer than many a drawing
-
-    root = math.ceil(math.sqrt(len(images)))
-    full_rows = (width for width in range(root, 3 * root // 2) if len(images) % width == 0)
-    return make_grid(images, nrow=columns or next(full_rows, root), padding=2, pad_value=32)
-
-
 def class_columns(classes: int) -> int:
     """Columns of a sheet whose pictures take the classes in turn: about 10, and each column holds one class if it can."""
     return 10 // classes * classes or 10
 
 
-def labelled_sheet(images: Tensor, names: Sequence[str], columns: int) -> Tensor:
-    """A grid with a name under each image. images: [B, C, S, S] uint8. Returns [3, H, W] uint8."""
-    font, line, columns = ImageFont.load_default(size=11), 14, min(columns, len(images))
-    size = images.shape[-1]
-    zoom = max(1, round(96 / size))  # wide enough for a name
-    width, height = size * zoom + 4, size * zoom + line + 4
-    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), (32, 32, 32))
-    pen = ImageDraw.Draw(sheet)
-    for i, (image, name) in enumerate(zip(images, names)):
+def zoom_of(wide: int) -> int:
+    """How often to enlarge an image for people: it gets about 96 pixels wide, enough for a name below."""
+    return max(1, round(96 / wide))
+
+
+def sheet(images: Tensor, names: Sequence[str] = (), columns: int | None = None, zoom: int | None = None) -> Tensor:
+    """All images in one, enlarged, each with its name below where there are names.
+
+    images: [B, C, H, W] uint8.   columns: None makes it nearly square, in full rows if possible.   zoom: every pixel becomes
+    zoom x zoom of them; None: zoom_of. Returns [3, H, W] uint8.
+    """
+    root, wide = math.ceil(math.sqrt(len(images))), images.shape[3]
+    full_rows = (width for width in range(root, 3 * root // 2) if len(images) % width == 0)
+    columns, zoom = min(columns or next(full_rows, root), len(images)), zoom or zoom_of(wide)
+    wide, high = wide * zoom, images.shape[2] * zoom
+    font, width, height = ImageFont.load_default(size=11), wide + 4, high + 4 + (14 if names else 0)
+    paper = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), (32, 32, 32))
+    pen = ImageDraw.Draw(paper)
+    for i, image in enumerate(images):
+        name = names[i] if names else ""
         left, top = i % columns * width + 2, i // columns * height + 2
-        sheet.paste(to_pil(image).resize((size * zoom, size * zoom), Image.Resampling.NEAREST), (left, top))
-        while pen.textlength(name, font) > width - 4:
+        paper.paste(to_pil(image).resize((wide, high), Image.Resampling.NEAREST), (left, top))
+        while pen.textlength(name, font) > wide:
             name = name.removesuffix("…")[:-1] + "…"
-        pen.text((left, top + size * zoom), name, fill="white", font=font)
-    return torch.frombuffer(bytearray(sheet.tobytes()), dtype=torch.uint8).view(sheet.height, sheet.width, 3).permute(2, 0, 1)
+        pen.text((left, top + high), name, fill="white", font=font)
+    return torch.frombuffer(bytearray(paper.tobytes()), dtype=torch.uint8).view(paper.height, paper.width, 3).permute(2, 0, 1)
 
 
 def to_pil(image: Tensor) -> Image.Image:

@@ -11,7 +11,7 @@ from src.diffusion import GaussianDiffusion
 from src.model import UNet
 from src.noise import PictureNoise, slerp
 from src.samplers import SAMPLERS
-from src.utils import grid, save_gif, save_png, to_uint8
+from src.utils import save_gif, save_png, sheet, to_uint8
 
 CPU = torch.device("cpu")
 
@@ -102,16 +102,22 @@ def test_a_gif_has_every_frame_and_never_ends(tmp_path):
         assert image.info["duration"] == 1500
 
 
-@pytest.mark.parametrize("count, rows, columns", [(3, 2, 2), (4, 2, 2), (5, 2, 3), (40, 5, 8), (64, 8, 8)])
-def test_a_grid_is_near_a_square_with_the_pictures_in_reading_order(count, rows, columns):
-    pictures = torch.arange(1, count + 1, dtype=torch.uint8).view(-1, 1, 1, 1).expand(count, 3, 4, 4) + 100
-    sheet = grid(pictures)
-    assert sheet.dtype == torch.uint8
-    assert sheet.shape == (3, rows * 6 + 2, columns * 6 + 2)
-    for i in range(count):
-        row, column = divmod(i, columns)
-        assert (sheet[:, row * 6 + 2 : row * 6 + 6, column * 6 + 2 : column * 6 + 6] == 101 + i).all()
-    assert (sheet[:, :2] == 32).all()
+@pytest.mark.parametrize(
+    "count, columns, size, zoom, rows, wide",
+    [(3, None, 24, 4, 2, 2), (5, None, 64, 2, 2, 3), (40, None, 28, 3, 5, 8), (64, None, 96, 1, 8, 8), (7, None, 300, 1, 3, 3),
+     (7, 20, 8, 12, 1, 7), (7, 2, 8, 12, 4, 2)],
+)  # fmt: skip
+def test_a_sheet_is_near_a_square_with_the_pictures_enlarged_in_reading_order(count, columns, size, zoom, rows, wide):
+    ramp = torch.arange(size, dtype=torch.uint8).expand(3, size // 2, size) % 100  # so that a pixel can be found again
+    pictures = torch.stack([ramp + i for i in range(100, 100 + count)])
+    shown, high = sheet(pictures, columns=columns), size // 2 * zoom
+    assert shown.dtype == torch.uint8 and shown.shape == (3, rows * (high + 4), wide * (size * zoom + 4))
+    for i, picture in enumerate(pictures):
+        top, left = i // wide * (high + 4) + 2, i % wide * (size * zoom + 4) + 2
+        part = shown[:, top : top + high, left : left + size * zoom]
+        assert torch.equal(part, picture.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2))
+        shown[:, top : top + high, left : left + size * zoom] = 32
+    assert (shown == 32).all()
 
 
 # --- the noise of a picture -------------------------------------------------------------------------------

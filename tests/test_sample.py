@@ -78,7 +78,11 @@ def test_pictures_grid_labels_and_npz_are_written_and_agree(run, sample):
     pictures = drawn(run, "drawn")
     assert list(pictures) == [f"{i:06}.png" for i in range(5)]
     assert all(pixels.shape == (8, 8, 3) for pixels in pictures.values())
-    assert picture(run.folder / "drawn/grid.png").shape == (2 + 2 * 10, 2 + 3 * 10, 3)  # 3 columns, 2 rows
+    assert picture(run.folder / "drawn/grid.png").shape == (
+        2 * 100,
+        3 * 100,
+        3,
+    )  # 3 columns, 2 rows, each pixel 12 times as wide
     with np.load(run.folder / "drawn/samples.npz") as file:
         assert file.files == ["arr_0"]
         assert file["arr_0"].dtype == np.uint8 and file["arr_0"].shape == (5, 8, 8, 3)
@@ -101,7 +105,7 @@ def test_the_gif_shows_every_step(run, sample):
     sample("--gif")
     with Image.open(run.folder / "drawn/denoising.gif") as gif:
         assert gif.n_frames == 3
-        assert gif.size == (2 * 32, 22)  # x_t and x_0 side by side, each a grid of 3 x 2
+        assert gif.size == (2 * 304, 218)  # x_t and x_0 side by side, each a sheet of 3 x 2 with a name below
 
 
 # --- the folder ---------------------------------------------------------------------------------------
@@ -220,9 +224,9 @@ def test_a_walk_passes_the_plain_pictures(run, sample):
         for k, station in enumerate(stations):
             assert abs(steps[3 * k] - plain[station]).max() <= 1
         assert not (run.folder / folder / "grid.png").exists()
-    assert picture(run.folder / "next/interpolation.png").shape == (12, 2 + 4 * 10, 3)
+    assert picture(run.folder / "next/interpolation.png").shape == (100, 4 * 100, 3)
     with Image.open(run.folder / "chosen/interpolation.gif") as gif:
-        assert gif.n_frames == 7 and gif.size == (8, 8)
+        assert gif.n_frames == 7 and gif.size == (100, 100)
     assert (
         "drawn with other settings (walk [[4], [1]] ->"
         not in sample("--interpolate", "4,0:1,2", *walk, classes=True, to="chosen").err

@@ -10,7 +10,7 @@ from torch import Tensor
 from src import noise
 from src.evaluation.picture_set import PictureSet
 from src.evaluation.report import Evaluation, optional, say
-from src.utils import count, labelled_sheet, save_png
+from src.utils import count, save_png, sheet
 
 CHUNK = 2048  # rows of the pool compared at a time: 100 MB as float32 at 64x64
 SHEET_ROWS, SHEET_NEIGHBOURS = 32, 5
@@ -56,7 +56,7 @@ def nearest_sheet(samples: np.ndarray, pool: Any, found: Neighbours, unit: float
     for i, (distances, rows, mirrored) in enumerate(zip(*(x[:SHEET_ROWS].tolist() for x in found))):
         pictures += [samples[i], *(pool[row][..., ::-1] if mirror else pool[row] for row, mirror in zip(rows, mirrored))]
         names += [f"sample {i}", *(f"{d / unit:.3g}" + " mirrored" * mirror for d, mirror in zip(distances, mirrored))]
-    return labelled_sheet(torch.from_numpy(np.stack(pictures)), names, columns=1 + found.rows.shape[1])
+    return sheet(torch.from_numpy(np.stack(pictures)), names, columns=1 + found.rows.shape[1])
 
 
 def measure_nearest(ev: Evaluation) -> dict[str, Any]:

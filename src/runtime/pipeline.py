@@ -21,7 +21,7 @@ from src.runtime.distributed import World
 from src.runtime.flags import PATH, RUN, Kind, choice, number, whole
 from src.runtime.settings import KINDS
 from src.samplers import SAMPLERS, SPACINGS, Noise
-from src.utils import FlagError, grid, to_uint8
+from src.utils import FlagError, to_uint8
 
 DEFAULT_STEPS = {"ddim": 50, "dpm++": 20}  # ddpm takes all that the model was trained with
 GIF_FRAMES, GIF_IMAGES = 50, 16  # the most that denoising.gif shows
@@ -165,7 +165,8 @@ class Pipeline:
         frames: list | None = None,
     ) -> Iterator[tuple[Sequence[int], Tensor]]:
         """This process's part of the pictures number `indices`, batch by batch: (their numbers, [B, C, S, S] uint8).
-        start: as the method above, for a given seed.   frames: a list that gets what denoising.gif shows of the first batch."""
+        start: as the method above, for a given seed.   frames: a list that gets the first images of the first batch on their
+        way: a pair (x_t, the x_0 predicted) of [at most 16, C, S, S] uint8 for each frame of denoising.gif."""
         firsts = self.world.shard(range(0, len(indices), batch_size))
         for first in firsts:
             batch = indices[first : first + batch_size]
@@ -183,8 +184,7 @@ class Pipeline:
             self.diffusion.trajectory(self.sampler, noise(0), path, denoiser, noise, self.eta), start=1
         ):
             if frames is not None and (k % every == 0 or k == self.steps):
-                left, right = (grid(to_uint8(images[:GIF_IMAGES])) for images in (x, x_0))
-                frames.append(torch.cat([left, right], dim=2))
+                frames.append([to_uint8(images[:GIF_IMAGES]) for images in (x, x_0)])
             bar.update()
         return to_uint8(x)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from src.classes import parse_classes
-from src.utils import FlagError, class_columns, labelled_sheet
+from src.utils import FlagError, class_columns, sheet
 
 CLASSES = ["goldfish", "Egyptian cat", "tailed frog", "bullfrog", "school bus"]
 IDS = ["n01443537", "n02124075", "n01644900", "n01641577", "n04146614"]
@@ -96,12 +96,12 @@ def test_a_word_with_several_meanings_is_refused_with_all_of_them(classes, text,
 def test_the_sheet_shows_every_picture_with_ink_under_it(size):
     levels = torch.arange(5, dtype=torch.uint8) * 40 + 50
     pictures = levels.view(5, 1, 1, 1).expand(5, 3, size, size)
-    sheet = labelled_sheet(pictures, [*CLASSES[:4], "a name that is far too long to fit under any picture"], columns=3)
-    assert sheet.dtype == torch.uint8 and sheet.shape[0] == 3
-    height, width = sheet.shape[1] // 2, sheet.shape[2] // 3
+    shown = sheet(pictures, [*CLASSES[:4], "a name that is far too long to fit under any picture"], columns=3)
+    assert shown.dtype == torch.uint8 and shown.shape[0] == 3
+    height, width = shown.shape[1] // 2, shown.shape[2] // 3
     for i, level in enumerate(levels):
         top, left = i // 3 * height, i % 3 * width
-        tile = sheet[:, top : top + height, left : left + width]
+        tile = shown[:, top : top + height, left : left + width]
         assert tile.shape == (3, height, width) and width >= 96
         assert (tile[:, 2:-16, 2:-2] == level).all()
         assert tile[:, -14:].max() > 150  # the name, white on dark
@@ -111,7 +111,7 @@ def test_the_sheet_shows_every_picture_with_ink_under_it(size):
 @pytest.mark.parametrize("classes, columns", [(1, 10), (2, 10), (3, 9), (4, 8), (6, 6), (7, 7), (10, 10), (11, 10), (200, 10)])
 def test_a_column_of_the_sheet_holds_one_class_and_few_classes_make_no_strip(classes, columns):
     assert class_columns(classes) == columns
-    sheet = labelled_sheet(torch.zeros(20, 3, 96, 96, dtype=torch.uint8), ["name"] * 20, columns)
-    assert sheet.shape == (3, -(-20 // columns) * 114, columns * 100)
-    few = labelled_sheet(torch.zeros(4, 3, 96, 96, dtype=torch.uint8), ["name"] * 4, columns)
+    shown = sheet(torch.zeros(20, 3, 96, 96, dtype=torch.uint8), ["name"] * 20, columns)
+    assert shown.shape == (3, -(-20 // columns) * 114, columns * 100)
+    few = sheet(torch.zeros(4, 3, 96, 96, dtype=torch.uint8), ["name"] * 4, columns)
     assert few.shape == (3, 114, 400)  # no empty columns
