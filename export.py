@@ -28,7 +28,7 @@ from src.runtime.pipeline import add_checkpoint_flags, checkpoint_of
 from src.runtime.resume import FREE
 from src.runtime.settings import Settings, as_text
 from src.runtime.signals import run_script
-from src.utils import UserError, atomic_file, writing
+from src.utils import UserError, atomic_file, count, writing, zoom_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Files = dict[str, bytes]  # content by path inside the output folder
@@ -161,28 +161,45 @@ def as_json(content: dict) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
+def drawing_code(s: Settings, no_class: int, scheduler: str, prepare: str) -> str:
+    """Python that draws with diffusers. no_class: the label that means none.   scheduler, prepare: how it is loaded and set."""
+    unet, name, labels, prediction = '"unet"', "scheduler", "", "unet(x, t).sample"
+    if s.CLASS_CONDITIONAL:
+        unet, name, prediction = '"."', ".", "unet(x, t, class_labels=y).sample"
+        labels = f"\ny = torch.arange(8) % {no_class}  # labels"
+    if s.guidance != 1:
+        labels += (
+            f"\nno_class, guidance = torch.full_like(y, {no_class}), {s.guidance:g}  # 1 follows the label, more exaggerates it"
+        )
+        prediction = "torch.lerp(unet(x, t, class_labels=no_class).sample, unet(x, t, class_labels=y).sample, guidance)"
+    return f"""import torch
+from diffusers import {scheduler.partition(".")[0]}, UNet2DModel
+from torchvision.utils import save_image
+unet = UNet2DModel.from_pretrained({unet})  # in this folder
+scheduler = {scheduler.format(name)}
+scheduler.{prepare}
+x = torch.randn(8, {s.CHANNELS}, {s.IMAGE_SIZE}, {s.IMAGE_SIZE})  # noise{labels}
+for t in scheduler.timesteps:
+    with torch.no_grad():
+        prediction = {prediction}
+    x = scheduler.step(prediction, t, x).prev_sample
+pictures = x.repeat_interleave({(zoom := zoom_of(s.IMAGE_SIZE))}, 2).repeat_interleave({zoom}, 3)  # enlarged
+save_image(pictures / 2 + 0.5, "pictures.png")"""
+
+
 def model_card(state: Mapping[str, Any], s: Settings) -> str:
     """README.md as the Hugging Face hub shows it."""
-    loss = state.get("best_loss", math.inf)
+    loss, classes, no_class = state.get("best_loss", math.inf), "", len(state["classes"])
     facts = {"optimizer steps": state.get("step", "not recorded"), "epochs": state.get("epoch", "not recorded")}
     facts["lowest validation loss so far"] = f"{loss:.5f}" if math.isfinite(loss) else "not recorded"
     facts |= {name: as_text(value) for name, value in asdict(s).items() if name not in FREE}
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    code = f"""from diffusers import DDPMPipeline
-pipeline = DDPMPipeline.from_pretrained(".")  # this folder
-pipeline(num_inference_steps={s.TIME_STEPS}).images[0].save("picture.png")"""
-    classes = f"\nClasses, by label from 0: {', '.join(state['classes'])}." if s.CLASS_CONDITIONAL or s.CLASSES else ""
+    if s.CLASS_CONDITIONAL or s.CLASSES:
+        classes = f"\nClasses, by label from 0: {', '.join(state['classes'])}."
     if s.CLASS_CONDITIONAL:
-        classes += f" Label {len(state['classes'])} means no class."
-        code = f"""import torch, torchvision
-from diffusers import DDPMScheduler, UNet2DModel
-unet, scheduler = UNet2DModel.from_pretrained("."), DDPMScheduler.from_pretrained(".")  # this folder
-scheduler.set_timesteps({s.TIME_STEPS})
-x, y = torch.randn(2, {s.CHANNELS}, {s.IMAGE_SIZE}, {s.IMAGE_SIZE}), torch.tensor([0, 1])  # noise, labels
-for t in scheduler.timesteps:
-    with torch.no_grad():
-        x = scheduler.step(unet(x, t, class_labels=y).sample, t, x).prev_sample
-torchvision.utils.save_image(x / 2 + 0.5, "pictures.png")"""
+        classes += f" Label {no_class} means no class."
+    times = [step.t for step in build_diffusion(s).path(min(20, s.TIME_STEPS))]
+    clipped = 'DPMSolverMultistepScheduler.from_pretrained("{}", thresholding=True, sample_max_value=1.0)'
     return f"""---
 library_name: diffusers
 tags: [ddpm, {"" if s.CLASS_CONDITIONAL else "un"}conditional-image-generation]
@@ -193,8 +210,16 @@ tags: [ddpm, {"" if s.CLASS_CONDITIONAL else "un"}conditional-image-generation]
 The averaged weights (EMA) of a U-Net, trained as in Ho et al. 2020 (arXiv:2006.11239).
 {classes}
 
+{count(len(times), "step")} of DPM-Solver++, as sample.py draws:
+
 ```python
-{code}
+{drawing_code(s, no_class, clipped, f"set_timesteps(timesteps={times})")}
+```
+
+All {s.TIME_STEPS:,} steps of the paper:
+
+```python
+{drawing_code(s, no_class, 'DDPMScheduler.from_pretrained("{}")', f"set_timesteps({s.TIME_STEPS})")}
 ```
 
 | | |

@@ -129,9 +129,28 @@ def test_the_card_tells_what_the_model_is_and_its_code_draws(tmp_path, monkeypat
     ):
         assert f"| {line} |\n" in card
     assert ("cat, dog, cow. Label 3 means no class." in card) == classes
-    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], {})
-    with Image.open("pictures.png" if classes else "picture.png") as image:
-        assert np.array(image).std() > 5
+    for code in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
+        exec(code, {})
+        with Image.open("pictures.png") as image:
+            assert image.size == (8 * 98 + 2, 98 + 2) and np.array(image).std() > 5
+        Path("pictures.png").unlink()
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize(
+    ("changes", "guidance"),
+    [(dict(PREDICTION="eps"), 1.0), (dict(CLASS_CONDITIONAL=True), 2.0), (dict(CLASS_CONDITIONAL=True, LABEL_DROPOUT=0), 1.0)],
+)
+def test_the_quick_code_of_the_card_draws_the_pictures_of_sample_py(tmp_path, monkeypatch, changes, guidance, schedule):
+    path, s, model = checkpoint(tmp_path, **NETWORKS["demo"] | dict(CLASS_CONDITIONAL=False, BETA_SCHEDULE=schedule) | changes,
+                                TIME_STEPS=200)  # fmt: skip
+    monkeypatch.chdir(run_export(path, tmp_path / "out"))
+    code, there = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)[0], {}
+    exec(code.replace("# noise", "; x_T = x"), there)
+    y = torch.arange(8) % 3 if s.CLASS_CONDITIONAL else None
+    ours = build_diffusion(s).sample(model, (8, 3, 16, 16), "dpm++", 20, noise=there["x_T"], y=y, guidance=guidance)
+    assert len(there["scheduler"].timesteps) == 20 and ours.std() > 0.1
+    torch.testing.assert_close(there["x"], ours, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
