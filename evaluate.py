@@ -25,7 +25,7 @@ from src import noise
 from src.dataset import DeviceImages
 from src.evaluation import likelihood
 from src.evaluation.nearest import measure_nearest
-from src.evaluation.report import Evaluation, say
+from src.evaluation.report import Evaluation, conclusions, say
 from src.runtime.build import build_validation
 from src.runtime.distributed import World
 from src.runtime.flags import PATH, TRUTH, FlagParser, Kind, number, text, whole
@@ -184,8 +184,8 @@ def measure_bound(ev: Evaluation) -> dict[str, Any]:
     figures, by_t = likelihood.summary(bits, parts)
     sums = [row["sum"] for row in by_t]
     each = [((part[0] + part[-1]) // 2, so_much / len(part)) for part, so_much in zip(parts, sums)]
-    ev.curve("bound/bits_per_dimension_of_step_t", each)
-    ev.curve("bound/bits_per_dimension_from_t_on", [(part[0], sum(sums[k:])) for k, part in enumerate(parts)])
+    ev.curve("nll/bits_per_dimension_of_step_t", each)
+    ev.curve("nll/bits_per_dimension_from_t_on", [(part[0], sum(sums[k:])) for k, part in enumerate(parts)])
     return {
         "bits_per_dimension": figures,
         "pictures": ev.validation(number),
@@ -241,6 +241,8 @@ def evaluate(flags: Namespace, world: World) -> None:
         found = measure(ev)
         if world.is_main:
             ev.add(section, found)
+    for title, words in conclusions(ev.report):
+        say(title, words)
     print(f"Done in {duration(time.perf_counter() - start)}: {ev.out.resolve()}")
 
 

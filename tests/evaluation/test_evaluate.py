@@ -69,7 +69,7 @@ def test_exact_and_drawn_bounds_agree_and_terms_add_up(tiny, tmp_path):
     assert [row["t_from"] for row in rows] == list(range(30)) and len(drawn["by_t"]) == 12
     assert abs(drawn["bits_per_dimension"]["total"] - figures["total"]) < 3 * drawn["bits_per_dimension"]["standard_error"]
     curves = scalars(tmp_path)
-    each, from_t_on = (curves[f"bound/bits_per_dimension_{name}"] for name in ("of_step_t", "from_t_on"))
+    each, from_t_on = (curves[f"nll/bits_per_dimension_{name}"] for name in ("of_step_t", "from_t_on"))
     assert each == pytest.approx({row["t_from"]: row["sum"] for row in rows}, rel=1e-5)
     assert from_t_on[0] == pytest.approx(sum(each.values()), rel=1e-5) and from_t_on[29] == pytest.approx(each[29])
 
@@ -97,6 +97,18 @@ def test_copies_of_training_pictures_have_distance_0_and_noise_is_far(tiny):
     assert Path(copies["pixels"]["sheet"]).exists() and copies["features"]["ratio"] == 0
     drawn = tiny.call("--nearest", "4", "--steps", "2").nearest
     assert drawn["pixels"]["ratio"] > 0.5 and drawn["features"]["ratio"] > 0.5
+
+
+def test_it_ends_with_what_one_wants_to_know_below_the_tables(tiny, capsys):
+    report = tiny.call("--loss", "--nll", "--nll_steps", "2", "--fid", "--num_samples", "12", "--nearest", "4", "--steps", "2")
+    *tables, loss, bound, fid, by_pixels, by_features, done = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("nearest.features.ratio ") for line in tables) and done.startswith("Done in ")
+    assert loss.split() == f"loss {report.loss['held_out']:.5f} on 6 held-out pictures; lower is better".split()
+    bits = report.bound["bits_per_dimension"]
+    assert f"{bits['total']:.3f} ± {bits['standard_error']:.3f} bits per dimension" in bound
+    assert f"{report.distribution['figures']['fid']:.4g} of 12 pictures, by three random convolutions; lower" in fid
+    for line, view in ((by_pixels, "pixels"), (by_features, "features")):
+        assert f"by {view}, {report.nearest[view]['ratio']:.2f} times as far" in line and "near 0 copies" in line
 
 
 # --- what must not cost a figure ------------------------------------------------------------------------
