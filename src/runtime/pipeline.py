@@ -122,17 +122,28 @@ class Pipeline:
         return about | ({"guidance": self.guidance, "classes": self.labels} if self.labels else {})
 
     def seconds_per_call(self, pictures: int, batch_size: int) -> float:
-        """Time of the network for one picture, from one call on a batch of the usual size, on a CPU of at most four."""
-        batch = min(batch_size, pictures, batch_size if self.device.type == "cuda" else 4)
+        """Time of the network for one picture in a batch of the usual size. On a CPU where that would take seconds, in one of
+        four at most."""
+        usual = min(batch_size, pictures)
+        batch = usual if self.device.type == "cuda" else min(usual, 4)
+        seconds = self.seconds_of(batch)
+        if batch < usual and seconds * usual / batch < 0.5:
+            batch, seconds = usual, self.seconds_of(usual)
+        return seconds / batch
+
+    @torch.no_grad()
+    def seconds_of(self, batch: int) -> float:
+        """Time of one call on a batch: the mean of five, or of as many as fit in half a second."""
         x, t = torch.randn(batch, *self.shape, device=self.device), torch.zeros(batch, dtype=torch.int64, device=self.device)
         y = self.to_y([0] * batch)
-        with torch.no_grad():
-            for _ in range(2):  # the first call compiles, allocates and picks kernels
-                synchronize(self.device)
-                start = time.perf_counter()
-                self.network(x, t, y)
-                synchronize(self.device)
-        return (time.perf_counter() - start) / batch
+        seconds: list[float] = []
+        while len(seconds) < 6 and sum(seconds[1:]) < 0.5:
+            synchronize(self.device)
+            start = time.perf_counter()
+            self.network(x, t, y)
+            synchronize(self.device)
+            seconds.append(time.perf_counter() - start)
+        return sum(seconds[1:]) / len(seconds[1:])  # the first call compiles, allocates and picks kernels
 
     def compile_for(self, calls: float) -> None:
         """Compile the network if so many calls of it pay for that."""

@@ -35,6 +35,22 @@ def test_a_compiled_network_meets_one_shape_and_draws_the_same_pictures(trained,
     assert sizes == ({2} if is_compiled else {2, 1})
 
 
+@pytest.mark.parametrize("each, most", [(0.001, 64), (0.02, 4)])  # 64 pictures in 74 ms; 1.3 s, which is too long to try
+def test_the_forecast_rests_on_several_calls_and_on_the_usual_batch_where_that_is_quick(trained, monkeypatch, each, most):
+    pipeline = Pipeline(sample.read_flags(["--checkpoint", str(trained.folder / "checkpoints/best.pth"), "--device", "cpu"]))
+    clock, sizes = [0.0], []
+    monkeypatch.setattr("src.runtime.pipeline.time.perf_counter", lambda: clock[0])
+
+    def network(x, t, y):
+        sizes.append(len(x))
+        clock[0] += (0.01 + each * len(x)) * ([1, 3, 1, 1, 1][len(sizes) % 5] if len(sizes) > 1 else 100)  # one in five is slow
+
+    pipeline.network = network
+    seconds = pipeline.prepare(640, 64) / (640 * pipeline.steps)
+    assert sizes[-1] == most and len(sizes) > 5
+    assert seconds == pytest.approx((0.01 / most + each) * 1.4, rel=0.2)
+
+
 @pytest.mark.parametrize(
     ("flags", "count", "processes", "calls"),
     [
