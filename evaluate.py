@@ -14,7 +14,6 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,8 @@ from src.evaluation.report import Evaluation, conclusions, say
 from src.runtime.build import build_validation
 from src.runtime.distributed import World
 from src.runtime.flags import PATH, TRUTH, FlagParser, Kind, number, text, whole
-from src.runtime.pipeline import add_checkpoint_flags, add_drawing_flags, check_drawing_flags, checkpoint_of, duration
+from src.runtime.pipeline import add_drawing_flags, check_drawing_flags, duration
+from src.runtime.runs import add_checkpoint_flags
 from src.runtime.settings import KINDS
 from src.runtime.signals import StopRequest, run_script
 from src.utils import FlagError, UserError, count
@@ -98,8 +98,6 @@ def read_flags(argv: Sequence[str]) -> Namespace:
             add_drawing_flags(group)
     flags = parser.parse(argv)
     flags.command = shlex.join(["python", "evaluate.py", *argv])
-    flags.checkpoint = checkpoint_of(flags)
-    flags.output_dir = flags.output_dir or str(Path("outputs", flags.run, "evaluation"))
     flags.fid = flags.fid or not (flags.nll or flags.loss or flags.nearest)
     check_flags(flags)
     return flags
@@ -241,9 +239,10 @@ def evaluate(flags: Namespace, world: World) -> None:
         found = measure(ev)
         if world.is_main:
             ev.add(section, found)
-    for title, words in conclusions(ev.report):
-        say(title, words)
-    print(f"Done in {duration(time.perf_counter() - start)}: {ev.out.resolve()}")
+    if world.is_main:
+        for title, words in conclusions(ev.report):
+            say(title, words)
+        print(f"Done in {duration(time.perf_counter() - start)}: {ev.out.resolve()}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

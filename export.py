@@ -24,8 +24,9 @@ from src.model import Attention, UNet, norm_groups
 from src.runtime.build import build_diffusion, build_model
 from src.runtime.checkpoint import TO_DRAW, TO_TRAIN, VERSION, load_checkpoint, load_weights
 from src.runtime.flags import PATH, TRUTH, FlagParser, choice
-from src.runtime.pipeline import add_checkpoint_flags, checkpoint_of
+from src.runtime.folders import FolderLock
 from src.runtime.resume import FREE
+from src.runtime.runs import add_checkpoint_flags, choose_checkpoint
 from src.runtime.settings import Settings, as_text
 from src.runtime.signals import run_script
 from src.utils import UserError, atomic_file, count, writing, zoom_of
@@ -233,10 +234,11 @@ All {s.TIME_STEPS:,} steps of the paper:
 
 def export(flags: Namespace) -> None:
     """Write the files, or nothing at all where one of them is there already. Raises UserError."""
-    state = load_checkpoint(Path(checkpoint_of(flags)), TO_DRAW, mmap=True)
+    choose_checkpoint(flags)
+    state = load_checkpoint(Path(flags.checkpoint), TO_DRAW, mmap=True)
     files = (weights_file if flags.weights_only else diffusers_files)(state, DTYPES[flags.dtype])
     out = Path(flags.output_dir or Path("outputs", flags.run, "export"))
-    with writing(out, "--output_dir"):
+    with FolderLock(out, "--output_dir", "choose another --output_dir"), writing(out, "--output_dir"):
         if taken := [out / name for name in files if (out / name).exists()]:
             raise UserError(f"{taken[0]} exists already. Remove it, or choose another folder with --output_dir.")
         for name, content in files.items():

@@ -5,9 +5,10 @@ from src.runtime import early
 if __name__ == "__main__":
     early.settle()  # before torch is imported
 
+import contextlib
 import csv
 import io
-import json
+import shlex
 import sys
 import time
 import zipfile
@@ -15,6 +16,8 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -27,30 +30,15 @@ from src.noise import PictureNoise, slerp
 from src.runtime.device import describe
 from src.runtime.distributed import World
 from src.runtime.flags import PATH, TRUTH, FlagParser, kind, number, text, whole
-from src.runtime.pipeline import Pipeline, add_checkpoint_flags, add_drawing_flags, check_drawing_flags, checkpoint_of, duration
+from src.runtime.folders import BESIDE, next_folder, picture_folder, pictures_of
+from src.runtime.pipeline import Pipeline, add_drawing_flags, check_drawing_flags, duration
+from src.runtime.runs import add_checkpoint_flags, choose_checkpoint, tell
 from src.runtime.settings import KINDS
 from src.runtime.signals import StopRequest, run_script
-from src.utils import (
-    FlagError,
-    UserError,
-    atomic_file,
-    class_columns,
-    count,
-    flush_folder,
-    make_folder,
-    reading,
-    save_gif,
-    save_png,
-    sheet,
-    writing,
-)  # fmt: skip
+from src.utils import FlagError, atomic_file, class_columns, count, flush_folder, reading, save_gif, save_png, sheet, writing
 
 SHEET_PICTURES = 256  # the most that grid.png shows
 HALVES = ("x_t: noise becomes a picture", "x_0: the picture the network expects")  # of denoising.gif
-FILES = ("grid.png", "labels.csv", "samples.npz", "denoising.gif", "interpolation.png", "interpolation.gif")
-
-
-Points = list[tuple[int, int]]  # (seed, index) of the pictures of a walk; none for a plain series
 
 
 def read_points(value: str) -> str | list[tuple[int | None, int]]:
@@ -79,6 +67,9 @@ def read_flags(argv: Sequence[str]) -> Namespace:
     names = text("names, ids or indices, separated by commas, or all", r".*\S.*", "NAMES")
     what = parser.add_argument_group("what to draw")
     add_checkpoint_flags(what)
+    what.add_argument(
+        "--about", **TRUTH, default=False, help="only tell what the checkpoint holds, or alone which runs there are"
+    )
     for flag, its_kind, default, comment in [
         ("--num_samples", whole(1, 1_000_000), 64, "how many pictures (default: 64)"),
         ("--seed", KINDS["SEED"], 0, "which series of pictures (default: 0)"),
@@ -101,43 +92,97 @@ def read_flags(argv: Sequence[str]) -> Namespace:
     check_drawing_flags(flags)
     if flags.interpolate and (flags.sampler.startswith("ddpm") or flags.eta):
         raise FlagError("--interpolate: needs a sampler without randomness; allowed are dpm++, and ddim with --eta 0.")
-    flags.checkpoint = checkpoint_of(flags)
+    flags.command = shlex.join(["python", "sample.py", *argv])
     return flags
 
 
-# --- the folder: all pictures in it are drawn with the same settings --------------------------------------
+# --- drawing ----------------------------------------------------------------------------------------------
 
 
-def next_free(folder: Path, world: World) -> Path:
-    """folder/001, or the number after the highest that is there."""
-    taken = [int(path.name) for path in folder.glob("[0-9]*") if path.name.isdecimal()]
-    return folder / f"{world.max(max(taken, default=0) + 1 if world.is_main else 0)[0]:03}"
+class Series:
+    """Pictures in a row, from --start_index on, the classes in turn. numbers: of the pictures.   about: what they depend on,
+    beside the settings.   label(i): the class of picture i.   start: as Pipeline.series takes it."""
+
+    def __init__(self, pipeline: Pipeline, flags: Namespace):
+        self.numbers = range(flags.start_index, flags.start_index + flags.num_samples)
+        self.about = {"seed": flags.seed}
+        self.label, self.start = pipeline.label, partial(pipeline.start, flags.seed)
 
 
-def open_folder(out: Path, about: dict, overwrite: bool) -> None:
-    """Make the folder, or go on in one whose pictures were drawn with the settings `about`. Others are refused, or removed
-    first with overwrite. Raises UserError."""
-    file, images = out / "settings.json", out / "images"
-    with reading(out):
-        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        taken = [path for path in [*images.glob("*"), *(out / name for name in FILES)] if path.exists()]
-    if taken and found != about and not overwrite:
-        changed = ", ".join(
-            f"{name} {found[name]} -> {value}" for name, value in about.items() if found.get(name, value) != value
-        )
-        why = f"drawn with other settings ({changed})" if found else f"that sample.py did not draw, {taken[0].name} for one"
-        raise UserError(f"{out} holds pictures {why}. Choose another --output_dir, or remove them with --overwrite.")
-    with writing(out, "--output_dir"):
-        make_folder(images, "--output_dir")
-        for path in taken if overwrite else []:
-            path.unlink()
-        with atomic_file(file) as part:
-            part.write(json.dumps(about, indent=1).encode())
+class Walk:
+    """A walk through pictures of a series, its ends. A leg goes from one end to the next and has `steps` pictures, both ends
+    counted. Each picture stands on a leg at a share, 0 to 1, of the way: slerp gives x_T there, and the network's prediction
+    goes from the one class to the other. The attributes are those of a Series."""
+
+    def __init__(self, pipeline: Pipeline, flags: Namespace):
+        self.pipeline, self.steps, points = pipeline, flags.interp_steps, flags.interpolate
+        if points == "next":
+            points = [(None, flags.start_index), (None, flags.start_index + 1)]
+        points = [(flags.seed if seed is None else seed, index) for seed, index in points]
+        self.ends = [PictureNoise(seed, [index], pipeline.shape, pipeline.device)(0)[0] for seed, index in points]
+        self.labels = [pipeline.label(index) for _, index in points]
+        self.numbers = range((len(points) - 1) * (self.steps - 1) + 1)
+        self.about = {"seed": flags.seed, "walk": [*map(list, points)], "interp_steps": self.steps}
+
+    def place(self, i: int) -> tuple[int, float]:
+        """(leg, share) of picture i; the last picture ends the last leg."""
+        leg = min(i // (self.steps - 1), len(self.ends) - 2)
+        return leg, i / (self.steps - 1) - leg
+
+    def label(self, i: int) -> int | None:
+        """The class of the nearer end."""
+        leg, share = self.place(i)
+        return self.labels[leg + (share > 0.5)]
+
+    def start(self, indices: Sequence[int]) -> tuple[Callable, Tensor | None, Callable]:
+        network, (legs, shares) = self.pipeline.network, zip(*map(self.place, indices))
+        x_T = torch.stack([slerp(self.ends[leg], self.ends[leg + 1], share) for leg, share in zip(legs, shares)])
+        y_a, y_b = (self.pipeline.to_y([self.labels[leg + k] for leg in legs]) for k in (0, 1))
+        weight = torch.tensor(shares, device=x_T.device)[:, None, None, None]
+
+        def between(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+            if y is None:  # no class, also in guidance
+                return network(x, t, y)
+            return torch.lerp(network(x, t, y_a), network(x, t, y_b), weight)
+
+        is_one_class = all(self.labels[leg] == self.labels[leg + 1] for leg in legs)
+        return lambda k: x_T, y_a, network if is_one_class else between
 
 
-def pictures_of(images: Path) -> dict[int, Path]:
-    """The pictures of a folder by number, in order."""
-    return dict(sorted((int(path.stem), path) for path in images.glob("[0-9]*.png")))
+def draw(pipeline: Pipeline, flags: Namespace, out: Path, series: Series | Walk) -> None:
+    """Draw the pictures that are missing in out/images, this process its part of them, and denoising.gif."""
+    there, numbers = pictures_of(out / "images"), series.numbers
+    gif = out / "denoising.gif"
+    is_wanted = flags.gif and isinstance(series, Series) and not gif.exists()
+    missing = [i for i in numbers if i not in there or (is_wanted and i < numbers[0] + flags.batch_size)]
+    seconds = pipeline.prepare(len(missing), flags.batch_size)
+    how = f"{flags.sampler} in {count(pipeline.steps, 'step')}"
+    print(f"drawing    {count(len(missing), 'picture')} by {how}: about {duration(seconds)}")
+
+    frames: list[list[Tensor]] | None = [] if is_wanted else None
+    steps = len(pipeline.world.shard(range(0, len(missing), flags.batch_size))) * pipeline.steps
+    with (
+        ThreadPoolExecutor(4) as pool,
+        tqdm(total=steps, unit="step", disable=pipeline.world.hides_bars, dynamic_ncols=True) as bar,
+    ):
+        saving: Iterable = ()
+        for batch, drawn in pipeline.series(missing, flags.batch_size, bar, series.start, frames):
+            list(saving)  # the last batch is on the disk, or its error is raised here
+            saving = pool.map(save, drawn, [out / "images" / f"{i:06}.png" for i in batch])
+        list(saving)
+    flush_folder(out / "images")
+    if frames:
+        with writing(gif, "--output_dir"):
+            halves = [torch.stack([*map(sheet, pair)]) for pair in frames]
+            save_gif([sheet(pair, HALVES, columns=2, zoom=1) for pair in halves], gif)
+
+
+def save(picture: Tensor, path: Path) -> None:
+    with writing(path, "--output_dir"):
+        save_png(picture, path, flush=False)
+
+
+# --- what lies beside the pictures ------------------------------------------------------------------------
 
 
 def load(path: Path) -> Tensor:
@@ -146,74 +191,12 @@ def load(path: Path) -> Tensor:
         return torch.from_numpy(np.atleast_3d(image)).permute(2, 0, 1)
 
 
-# --- drawing ----------------------------------------------------------------------------------------------
-
-
-def walk(pipeline: Pipeline, points: Points, steps: int) -> Callable:
-    """A walk through pictures (seed, index), `steps` from one to the next with both counted: slerp in x_T, and from one class
-    to the next in the network's prediction. Returns the `start` that Pipeline.series takes."""
-    ends = [PictureNoise(seed, [index], pipeline.shape, pipeline.device)(0)[0] for seed, index in points]
-    labels = [pipeline.label(index) for _, index in points]
-
-    def start(indices: Sequence[int]) -> tuple[Callable, Tensor | None, Callable]:
-        legs = [min(i // (steps - 1), len(points) - 2) for i in indices]
-        shares = [i / (steps - 1) - leg for i, leg in zip(indices, legs)]
-        x_T = torch.stack([slerp(ends[leg], ends[leg + 1], share) for leg, share in zip(legs, shares)])
-        y_a, y_b = (pipeline.to_y([labels[leg + k] for leg in legs]) for k in (0, 1))
-        weight = torch.tensor(shares, device=pipeline.device)[:, None, None, None]
-
-        def between(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-            if y is None:  # no class, also in guidance
-                return pipeline.network(x, t, y)
-            return torch.lerp(pipeline.network(x, t, y_a), pipeline.network(x, t, y_b), weight)
-
-        is_one_class = all(labels[leg] == labels[leg + 1] for leg in legs)
-        return lambda k: x_T, y_a, pipeline.network if is_one_class else between
-
-    return start
-
-
-def draw(pipeline: Pipeline, flags: Namespace, out: Path, points: Points) -> None:
-    """Draw the pictures that are missing in out/images, this process its part of them, and denoising.gif."""
-    first, number = flags.start_index, flags.num_samples
-    if points:
-        first, number = 0, (len(points) - 1) * (flags.interp_steps - 1) + 1
-    there = pictures_of(out / "images")
-    gif = out / "denoising.gif"
-    is_wanted = flags.gif and not points and not gif.exists()
-    missing = [i for i in range(first, first + number) if i not in there or (is_wanted and i < first + flags.batch_size)]
-    seconds = pipeline.prepare(len(missing), flags.batch_size)
-    how = f"{flags.sampler} in {count(pipeline.steps, 'step')}"
-    print(f"drawing    {count(len(missing), 'picture')} by {how}: about {duration(seconds)}")
-
-    frames: list[list[Tensor]] | None = [] if is_wanted else None
-    start = walk(pipeline, points, flags.interp_steps) if points else partial(pipeline.start, flags.seed)
-    steps = len(pipeline.world.shard(range(0, len(missing), flags.batch_size))) * pipeline.steps
-    with (
-        writing(out, "--output_dir"),
-        ThreadPoolExecutor(4) as pool,
-        tqdm(total=steps, unit="step", disable=pipeline.world.hides_bars, dynamic_ncols=True) as bar,
-    ):
-        saving: Iterable = ()
-        for numbers, drawn in pipeline.series(missing, flags.batch_size, bar, start, frames):
-            list(saving)  # the last batch is on the disk, or its error is raised here
-            saving = pool.map(partial(save_png, flush=False), drawn, [out / "images" / f"{i:06}.png" for i in numbers])
-        list(saving)
-        flush_folder(out / "images")
-        if frames:
-            halves = [torch.stack([*map(sheet, pair)]) for pair in frames]
-            save_gif([sheet(pair, HALVES, columns=2, zoom=1) for pair in halves], gif)
-
-
-# --- what lies beside the pictures ------------------------------------------------------------------------
-
-
-def finish(pipeline: Pipeline, flags: Namespace, out: Path, points: Points) -> list[str]:
+def finish(pipeline: Pipeline, flags: Namespace, out: Path, series: Series | Walk) -> list[str]:
     """Sheet, labels.csv, samples.npz and interpolation.gif of all pictures that are there. Returns what there is."""
     there = pictures_of(out / "images")
     shown = torch.stack([load(path) for path in list(there.values())[:SHEET_PICTURES]])
     with writing(out, "--output_dir"):
-        if points:
+        if isinstance(series, Walk):
             save_png(sheet(shown, columns=flags.interp_steps), out / "interpolation.png")
             if flags.gif:
                 save_gif([sheet(load(path)[None]) for path in there.values()], out / "interpolation.gif")
@@ -226,24 +209,24 @@ def finish(pipeline: Pipeline, flags: Namespace, out: Path, points: Points) -> l
             save_png(picture, out / "grid.png")
             save_labels(out / "labels.csv", pipeline, flags.seed, there)
         if flags.npz:
-            save_npz(out / "samples.npz", pipeline, there)
-    return [name for name in ("settings.json", *FILES) if (out / name).exists()]
+            save_npz(out / "samples.npz", pipeline, series, there)
+    return [name for name in ("settings.json", *BESIDE) if (out / name).exists()]
 
 
 def save_labels(path: Path, pipeline: Pipeline, seed: int, there: dict[int, Path]) -> None:
-    """labels.csv: a line for each picture."""
+    """labels.csv: a line for each picture; its file by the path from here."""
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["file", "seed", "index", "label", "class_id", "class"])
     for index, picture in there.items():
         label = pipeline.label(index)
         known = ["", "", ""] if label is None else [label, pipeline.class_ids[label], pipeline.classes[label]]
-        writer.writerow([picture.name, seed, index, *known])
+        writer.writerow([f"images/{picture.name}", seed, index, *known])
     with atomic_file(path) as file:
         file.write(table.getvalue().encode("utf-8", "replace"))
 
 
-def save_npz(path: Path, pipeline: Pipeline, there: dict[int, Path]) -> None:
+def save_npz(path: Path, pipeline: Pipeline, series: Series | Walk, there: dict[int, Path]) -> None:
     """samples.npz as the ADM suite reads it, one picture in memory at a time."""
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(there), *pipeline.shape[1:], pipeline.shape[0])}
     with atomic_file(path) as file, zipfile.ZipFile(file, "w") as archive:
@@ -253,7 +236,7 @@ def save_npz(path: Path, pipeline: Pipeline, there: dict[int, Path]) -> None:
                 array.write(load(picture).permute(1, 2, 0).contiguous().numpy().data)
         if pipeline.labels:
             with archive.open("arr_1.npy", "w") as array:
-                np.save(array, np.array([pipeline.label(index) for index in there], dtype=np.int64))
+                np.save(array, np.array([series.label(i) for i in there], dtype=np.int64))
 
 
 # --- the script -------------------------------------------------------------------------------------------
@@ -261,32 +244,32 @@ def save_npz(path: Path, pipeline: Pipeline, there: dict[int, Path]) -> None:
 
 def sample(flags: Namespace, world: World) -> None:
     start = time.perf_counter()
+    choose_checkpoint(flags)
     pipeline = Pipeline(flags, world)
-    out = Path(flags.output_dir) if flags.output_dir else next_free(Path("outputs", flags.run, "pictures"), world)
-    points = flags.interpolate or []
-    if points == "next":
-        points = [(None, flags.start_index), (None, flags.start_index + 1)]
-    points = [(flags.seed if seed is None else seed, index) for seed, index in points]
-    about = (
-        pipeline.about()
-        | {"seed": flags.seed}
-        | ({"walk": [*map(list, points)], "interp_steps": flags.interp_steps} if points else {})
-    )
-    with world.main_process_first():
-        open_folder(out, about, flags.overwrite and world.is_main)
-    size = f"{pipeline.settings.IMAGE_SIZE}x{pipeline.settings.IMAGE_SIZE}"
-    print(f"checkpoint {flags.checkpoint}, {flags.weights} weights, {size}")
-    print(f"device     {describe(pipeline.device)}, {str(pipeline.dtype).removeprefix('torch.')}")
-    draw(pipeline, flags, out, points)
-    world.barrier()
-    if world.is_main:
-        names = finish(pipeline, flags, out, points)
-        print(f"Done in {duration(time.perf_counter() - start)}: {out}/ has images, {', '.join(names)}")
+    series = (Walk if flags.interpolate else Series)(pipeline, flags)
+    out = Path(flags.output_dir) if flags.output_dir else next_folder(Path("outputs", flags.run, "pictures"), world)
+    facts = {"device": describe(pipeline.device), "checkpoint": flags.checkpoint, "run": flags.run, "step": pipeline.step}
+    facts |= {"command": flags.command, "date": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+    with contextlib.ExitStack() as held:
+        if world.is_main:
+            held.enter_context(picture_folder(out, pipeline.about() | series.about, facts, flags.overwrite))
+        world.barrier()
+        size = f"{pipeline.settings.IMAGE_SIZE}x{pipeline.settings.IMAGE_SIZE}"
+        print(f"checkpoint {flags.checkpoint}, {flags.weights} weights, {size}")
+        print(f"device     {facts['device']}, {pipeline.precision}")
+        draw(pipeline, flags, out, series)
+        world.barrier()
+        if world.is_main:
+            names = finish(pipeline, flags, out, series)
+            print(f"Done in {duration(time.perf_counter() - start)}: {out}/ has images, {', '.join(names)}")
 
 
 def main() -> int:
     def body(stop: StopRequest) -> None:
         flags = read_flags(sys.argv[1:])
+        if flags.about:
+            tell(flags, import_module("config") if find_spec("config") else None)
+            return
         with World.join() as world:
             sample(flags, world)
 

@@ -6,7 +6,8 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import count as count_from
 from pathlib import Path
 from typing import IO, Any
 
@@ -46,10 +47,10 @@ def atomic_file(path: str | os.PathLike, flush: bool = True) -> Iterator[IO[byte
     the caller does that once.
 
     The bytes go to `.NAME.part-RANDOM` in the same folder, are flushed to the disk, and take the name in one rename. If the
-    body raises or the disk is full, what stood at `path` stays, and the part is removed.
+    body raises or the disk is full, what stood at `path` stays, and the part is removed. An OSError has `path` as its filename.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folders(path.parent)
     part = path.with_name(f".{path.name[:100]}.part-{secrets.token_hex(4)}")  # random: other machines share the folder
     try:
         with open(part, "xb") as file:
@@ -59,9 +60,11 @@ def atomic_file(path: str | os.PathLike, flush: bool = True) -> Iterator[IO[byte
         os.replace(part, path)
         if flush:
             flush_folder(path.parent)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(part)):
+            error.filename = str(path)
         raise
 
 
@@ -77,20 +80,22 @@ def flush_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def reading(path: str | os.PathLike, advice: str = "Fix its permissions, or choose another one.") -> Iterator[None]:
-    """Turn an OSError in the block into a UserError that says what could not be read, and why."""
+    """Turn an OSError in the block into a UserError that says what could not be read, and why: `path`, or the file in it that
+    the error names."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"Cannot read {path}: {reason(error)}. {advice}") from error
+        raise UserError(f"Cannot read {error.filename or path}: {reason(error)}. {advice}") from error
 
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike, flag: str, note: str = "") -> Iterator[None]:
-    """Turn an OSError in the block into a UserError that says what could not be written, and why.
+    """Turn an OSError in the block into a UserError that says what could not be written, and why: as `reading` does.
     flag: the setting that chose the place, such as --output_dir.   note: a sentence to add, on what is kept."""
     try:
         yield
     except OSError as error:
+        path = error.filename or path
         advice = f"Choose another place with {flag}."
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             advice = f"Free some space{free_space(Path(path))}, or choose another place with {flag}."
@@ -116,13 +121,50 @@ def free_space(path: Path) -> str:
     return ""
 
 
+MADE: list[Path] = []  # the folders that this process has made, outer ones first, and names that it has taken
+
+
+def make_folders(folder: Path) -> None:
+    """Make a folder and those around it. Raises OSError."""
+    MADE.extend(path.absolute() for path in [*reversed(folder.parents), folder] if not path.exists())
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def remove_empty() -> None:
+    """Remove what this process has made and left empty: a command that is refused leaves nothing behind."""
+    while MADE:
+        path = MADE.pop()
+        with contextlib.suppress(OSError):  # a folder that is not empty
+            if path.is_dir() and os.listdir(path) == [".run"]:  # whose it would have been
+                (path / ".run").unlink()
+            if path.is_dir() or not path.stat().st_size:
+                (path.rmdir if path.is_dir() else path.unlink)()
+
+
 def make_folder(folder: Path, flag: str) -> None:
     """Make a folder and check that files can be written there. Raises UserError as `writing` does."""
     with writing(folder, flag):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folders(folder)
         probe = folder / f".probe.part-{secrets.token_hex(4)}"
         probe.touch()
         probe.unlink()
+
+
+def take_free(names: Iterable[Path], is_folder: bool = False) -> Path:
+    """Make the first of these names that nothing has, an empty file or folder, and return it. A name is taken by making it: of
+    several processes that look at once each gets one of its own. Raises OSError."""
+    for path in names:
+        make_folders(path.parent)
+        with contextlib.suppress(FileExistsError):
+            path.mkdir() if is_folder else path.touch(exist_ok=False)
+            MADE.append(path.absolute())
+            return path
+    raise AssertionError("names without an end were expected")
+
+
+def numbered(path: Path) -> Iterator[Path]:
+    """x.json, x-2.json, x-3.json, ..."""
+    return (path.with_stem(f"{path.stem}{f'-{n}' if n > 1 else ''}") for n in count_from(1))
 
 
 # --- images on disk -------------------------------------------------------------------------------------

@@ -298,4 +298,4 @@ def test_resuming_from_weights_alone_is_refused_with_the_flags_that_work(run, we
 
 def test_a_missing_file_is_refused_before_data_are_read(run):
     said = run.train(init_from="nowhere.pth", DATA_PATH="no folder", code=1).err
-    assert said.startswith("train.py: No checkpoint at nowhere.pth. Run 'python train.py' first, or choose one of")
+    assert said.startswith("train.py: No checkpoint at nowhere.pth. Choose one of: ")

@@ -1,6 +1,7 @@
 """sample.py: a checkpoint and nothing else; picture i hangs on the checkpoint, the settings, the seed and i alone."""
 
 import csv
+import json
 import os
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.runs import ROOT
+from tests.runs import ROOT, ended
 
 
 def picture(path) -> np.ndarray:
@@ -88,7 +89,7 @@ def test_pictures_grid_labels_and_npz_are_written_and_agree(run, sample):
         assert file["arr_0"].dtype == np.uint8 and file["arr_0"].shape == (5, 8, 8, 3)
         assert (file["arr_0"] == np.stack(list(pictures.values()))).all()
     rows = labels(run, "drawn")
-    assert [row["file"] for row in rows] == list(pictures)
+    assert [row["file"] for row in rows] == [f"images/{name}" for name in pictures], "the path from where the table lies"
     assert {row["class"] for row in rows} == {""}
 
 
@@ -136,35 +137,74 @@ def test_a_series_goes_on_where_it_stands_and_everything_beside_it_covers_all_of
     sample("--npz", classes=True, to="at once")
     assert_alike(drawn(run, "drawn"), drawn(run, "at once"))
     assert labels(run, "drawn") == labels(run, "at once")
-    for name in ("grid.png", "settings.json"):
-        assert run.files(f"drawn/{name}")[f"drawn/{name}"] == run.files(f"at once/{name}")[f"at once/{name}"], name
+    assert run.files("drawn/grid.png").popitem()[1] == run.files("at once/grid.png").popitem()[1]
     with np.load(run.folder / "drawn/samples.npz") as file:
         assert file["arr_0"].shape == (5, 8, 8, 3) and file["arr_1"].tolist() == [0, 1, 2, 3, 0]
 
 
-def test_pictures_of_other_settings_are_refused_and_removed_only_when_asked(run, sample):
-    sample("--gif")
-    before = run.files("drawn/*")
-    said = sample("--seed", 1, "--steps", 2, code=1).err
-    assert said.startswith(
-        "sample.py: drawn holds pictures drawn with other settings (steps 3 -> 2, seed 0 -> 1). Choose another"
-    )
-    assert run.files("drawn/*") == before
-    sample("--seed", 1, "--steps", 2, "--num_samples", 2, "--overwrite")
-    assert list(drawn(run, "drawn")) == ["000000.png", "000001.png"] and not run.files("*.gif")
-
-
 def test_another_checkpoint_is_another_setting(run, sample, trained):
     sample()
-    words = ["--checkpoint", trained.folder / "checkpoints" / "epoch_002.pth", "--output_dir", "drawn", "--num_samples", 5]
+    words = [
+        "--checkpoint",
+        trained.folder / "checkpoints" / "epoch_002.pth",
+        "--output_dir",
+        "drawn",
+        "--num_samples",
+        5,
+        "--precision",
+        "fp32",
+    ]
     assert "(weights " in run.sample(*words, "--steps", 3, code=1).err
 
 
-def test_files_of_another_program_are_left_alone(run, sample):
-    (run.folder / "drawn/images").mkdir(parents=True)
-    (run.folder / "drawn/images/holiday.png").write_bytes(b"mine")
-    assert "drawn holds pictures that sample.py did not draw, holiday.png for one" in sample(code=1).err
-    assert run.files("drawn/**/*") == {"drawn/images/holiday.png": b"mine"}
+def test_overwrite_removes_what_sample_py_drew_and_nothing_else(run, sample):
+    mine = ["images/holiday.png", "images/12 dogs.png", "images/0000001.png", "images/000000.png.bak", "notes.txt", "a/b.png"]
+    sample("--num_samples", 1, "--gif", "--sampler", "ddim")
+    for name in [*mine, "images/000009.png", "images/1000000.png"]:
+        (run.folder / "drawn" / name).parent.mkdir(exist_ok=True)
+        (run.folder / "drawn" / name).write_text("mine or an old one")
+    assert "remove them with --overwrite." in sample("--num_samples", 1, code=1).err
+    sample("--num_samples", 1, "--overwrite")
+    left = {name.removeprefix("drawn/") for name in run.files("drawn/**/*")}
+    assert left == {*mine, "settings.json", "images/000000.png", "grid.png", "labels.csv"}
+
+
+def test_settings_json_tells_who_drew_and_older_ones_go_on_where_they_do_not_contradict(run, sample, trained):
+    sample("--num_samples", 1, "--spacing", "even")
+    file = run.folder / "drawn/settings.json"
+    told = json.loads(file.read_text())
+    assert (told["precision"], told["step"], told["run"]) == ("float32", 30, "") and "CPU" in told["device"]
+    assert told["checkpoint"].endswith("best.pth") and "--spacing even" in told["command"] and told["date"].startswith("20")
+    assert "(precision float32 -> bfloat16)" in sample("--spacing", "even", "--precision", "bf16", code=1).err
+    assert "(spacing even -> logsnr)" in sample(code=1).err
+    for name in ("spacing", "precision", "step", "run", "device", "checkpoint", "command", "date"):
+        del told[name]
+    for changes, refused in (({"device": "another"}, ""), ({"walk": [[0, 1], [0, 2]]}, "(walk [[0, 1], [0, 2]] -> none)")):
+        file.write_text(json.dumps(told | changes))
+        assert refused in sample("--num_samples", 1, "--spacing", "even", code=bool(refused)).err
+
+
+# Each waits before it draws until the other has its folder.
+TOGETHER = """
+import glob, time
+from src.runtime.pipeline import Pipeline
+
+prepare = Pipeline.prepare
+
+def wait(self, *args):
+    while len(glob.glob("outputs/pictures/*/settings.json")) < 2:
+        time.sleep(0.003)
+    return prepare(self, *args)
+
+Pipeline.prepare = wait
+"""
+
+
+def test_two_calls_at_once_take_two_folders(run, trained):
+    words = ["--device", "cpu", "--checkpoint", trained.folder / "checkpoints/best.pth", "--num_samples", 1, "--steps", 2]
+    for process in [run.start("sample.py", *words, "--seed", k, setup=TOGETHER, name=str(k)) for k in (0, 1)]:
+        ended(process, 0)
+    assert sorted(json.loads(text)["seed"] for text in run.files("outputs/**/settings.json").values()) == [0, 1]
 
 
 # --- what a picture hangs on --------------------------------------------------------------------------
@@ -227,10 +267,15 @@ def test_a_walk_passes_the_plain_pictures(run, sample):
     assert picture(run.folder / "next/interpolation.png").shape == (100, 4 * 100, 3)
     with Image.open(run.folder / "chosen/interpolation.gif") as gif:
         assert gif.n_frames == 7 and gif.size == (100, 100)
-    assert (
-        "drawn with other settings (walk [[4], [1]] ->"
-        not in sample("--interpolate", "4,0:1,2", *walk, classes=True, to="chosen").err
-    )
+    said = sample(*walk[:2], classes=True, to="chosen", code=1).err
+    assert "drawn with other settings (walk [[0, 4], [0, 1], [0, 2]] -> none, interp_steps 4 -> none)" in said
+
+
+def test_the_labels_of_a_walk_are_those_of_its_nearer_ends(run, sample):
+    for points, interp_steps, expected in [("2,12", 3, [2, 2, 0]), ("2,6,3", 4, [2, 2, 2, 2, 2, 3, 3]), ("1,5", 2, [1, 1])]:
+        sample("--interpolate", points, "--interp_steps", interp_steps, "--npz", classes=True, to=points)
+        with np.load(run.folder / points / "samples.npz") as file:
+            assert file["arr_1"].tolist() == expected
 
 
 # --- refusals -----------------------------------------------------------------------------------------
@@ -248,7 +293,7 @@ def test_a_walk_passes_the_plain_pictures(run, sample):
         (("--interpolate", "--sampler", "ddpm"), False, 2, "--interpolate: needs a sampler without randomness"),
         (("--num_samples", 0), False, 2, "--num_samples: got '0', expected a whole number from 1 to 1000000."),
         (("--num_sample", 3), False, 2, "--num_sample: no such flag; did you mean --num_samples?"),
-        (("--output_dir", "drawn/../file/x"), False, 1, "file/x/images: a file stands where a folder is needed."),
+        (("--output_dir", "drawn/../file/x"), False, 1, "file/x: a file stands where a folder is needed."),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_sentence(run, sample, flags, classes, code, says):

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import glob
 import gzip
 import os
 import shutil
@@ -19,7 +20,7 @@ from typing import IO, NamedTuple
 from tqdm import tqdm
 
 from src.data.download import fetch
-from src.utils import UserError, count, reading, writing
+from src.utils import UserError, count, make_folders, reading, writing
 
 MAX_BYTES = 4 << 30  # of an archive, unpacked; tiny-imagenet has 0.25 GB, cifar10 0.18 GB
 MAX_ENTRIES = 1_000_000  # files and folders in an archive; tiny-imagenet has 120,000
@@ -42,8 +43,9 @@ class Published(NamedTuple):
         with reading(path, f"Name a folder with --data_path; {self.archive} beside it is unpacked to there."):
             if path.exists() and os.listdir(path):
                 return
-        archive = next(iter(self.beside(path)), path.with_name(self.archive))
-        if not archive.exists():
+            archive = next(iter(self.beside(path)), path.with_name(self.archive))
+            is_there = archive.exists()
+        if not is_there:
             print(f"{path} is not there: downloading {url}")
             fetch(url, archive, size, md5)
         print(f"unpacking {archive} to {path}")
@@ -130,8 +132,8 @@ def extract(
         with reading(path):
             file = undo.enter_context(open(path, "rb"))
         undo.enter_context(writing(folder, "--data_path"))
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        for left in folder.parent.glob(f".{folder.name}.part-*"):
+        make_folders(folder.parent)
+        for left in folder.parent.glob(f".{glob.escape(folder.name)}.part-{8 * '?'}"):  # as mkdtemp names them
             if time.time() - left.stat().st_mtime > ABANDONED:
                 shutil.rmtree(left, ignore_errors=True)
         part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.part-", dir=folder.parent))

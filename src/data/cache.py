@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from src.data.decode import PictureNote, to_uint8
 from src.data.images import Images
-from src.utils import UserError, atomic_file, count, printable, reading, writing
+from src.utils import UserError, atomic_file, count, make_folders, printable, reading, writing
 
 FORMAT = 2  # of the cache file and of to_uint8; count up when either changes, and caches are made again
 CHUNK = 64  # images that a worker decodes and hands over at a time
@@ -201,7 +201,7 @@ def write_cache(cache: Path, task: Task, fingerprint: str, num_workers: int) -> 
     """Decode and write. Plain writes, no writable map: on a full disk a map would kill the process (SIGBUS)."""
     dataset, shape = task.dataset, task.shape
     with writing(cache, "--cache_path", f"It needs {math.prod(shape) / 1e6:,.0f} MB."):
-        cache.parent.mkdir(parents=True, exist_ok=True)
+        make_folders(cache.parent)
         remove_abandoned(cache)
         if math.prod(shape) > shutil.disk_usage(cache.parent).free:  # said before the work
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -8,13 +8,14 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import requests
 from tqdm import tqdm
 from urllib3.exceptions import InvalidHeader
 from urllib3.util import Retry
 
-from src.utils import UserError, count, writing
+from src.utils import UserError, count, make_folders, writing
 
 try:
     import fcntl
@@ -91,7 +92,7 @@ def fetch(
 @contextlib.contextmanager
 def alone(part: Path) -> Iterator[None]:
     """Hold the partial file, made if need be, against other processes. Waits for the one that has it, and says so."""
-    part.parent.mkdir(parents=True, exist_ok=True)
+    make_folders(part.parent)
     with open(part, "ab") as file:
         if fcntl is None:
             file.close()  # Windows renames no open file
@@ -118,7 +119,7 @@ def receive(url: str, part: Path, size: int, timeout: tuple[float, float], heade
     have = 0 if size and have > size else have  # the rest of another file
     headers["Range"] = f"bytes={have}-"
     try:
-        with requests.get(url, headers=headers, stream=True, timeout=timeout) as response:
+        with get(url, headers=headers, stream=True, timeout=timeout) as response:
             have, total = begin(response, part, have, size)
             if response.status_code == 416:
                 return
@@ -143,6 +144,16 @@ def receive(url: str, part: Path, size: int, timeout: tuple[float, float], heade
         raise Failed(f"{error}. Check DATA_URL / --data_url.", None) from error
     if have < max(total, size):
         raise Failed("the line dropped", 0)
+
+
+def get(url: str, **options: Any) -> requests.Response:
+    """requests.get, which lets plain OSErrors of its own through: of a file with certificates that is not there, for one."""
+    try:
+        return requests.get(url, **options)
+    except requests.RequestException:
+        raise
+    except OSError as error:
+        raise Failed(f"{error}.", None) from error
 
 
 def begin(response: requests.Response, part: Path, have: int, size: int) -> tuple[int, int]:

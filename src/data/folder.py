@@ -155,7 +155,7 @@ def find_pictures(path: Path) -> tuple[list[Picture], dict[str, list[str]]]:
 def is_own(folder: str, names: Set[str]) -> bool:
     """Whether a folder holds pictures that this program made: by what sample.py, train.py and evaluate.py write there."""
     signs = ({"settings.json", "images"}, {"labels.csv", "grid.png"}, {"interpolation.png"})
-    pattern = re.compile(r"samples/epoch_\d{3,}\.png|.+-\d{8}-\d{6}-nearest-\w+\.png")
+    pattern = re.compile(r"samples/epoch_\d{3,}\.png|.+-\d{8}-\d{6}(-\d+)?-nearest-\w+\.png")
     return any(sign <= names for sign in signs) or any(pattern.fullmatch(f"{folder}/{name}") for name in names)
 
 

@@ -33,7 +33,7 @@ from src import noise
 from src.evaluation.picture_set import PictureSet, write_npz
 from src.evaluation.report import Evaluation, optional, say
 from src.runtime.pipeline import duration
-from src.utils import UserError, atomic_file, count
+from src.utils import UserError, atomic_file, count, make_folders
 
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"  # of the published weights
 KID_SUBSETS = 100
@@ -130,7 +130,7 @@ class FeatureNetwork:
         with weights_advice(name, path):
             if name == "inception" and not path.exists():
                 print(f"{path} is not there: downloading {URL_INCEPTION_V3}")
-                path.parent.mkdir(parents=True, exist_ok=True)
+                make_folders(path.parent)
                 torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), INCEPTION_SHA256)
             if name not in {"random", *NETWORKS}:
                 torch.load(

@@ -19,7 +19,8 @@ from src.runtime.build import open_images
 from src.runtime.device import describe, pick_device
 from src.runtime.distributed import World
 from src.runtime.pipeline import Pipeline, duration
-from src.utils import UserError, atomic_file, count, make_folder, writing
+from src.runtime.runs import choose_checkpoint
+from src.utils import UserError, atomic_file, count, make_folder, numbered, take_free, writing
 
 SPLITS = ("train", "val")
 
@@ -31,6 +32,8 @@ class Evaluation:
         self.flags, self.world = flags, world
         own = {None, *SPLITS}  # what only a checkpoint can say
         is_needed = flags.nll or flags.loss or flags.nearest or flags.samples in own or flags.reference in own
+        if is_needed:
+            choose_checkpoint(flags)
         self.pipeline: Any = Pipeline(flags, world) if is_needed else None
         self.settings: Any = None
         self.cache = Path(flags.cache_path or "./data/cache")
@@ -40,9 +43,8 @@ class Evaluation:
             self.settings = replace(s, **{name: value for name, value in given.items() if value})
             self.cache = Path(self.settings.CACHE_PATH)
         self.device = self.pipeline.device if self.pipeline else pick_device(flags.device, world.local_rank)
-        stem = Path(flags.checkpoint if flags.samples is None or not flags.fid else flags.samples).absolute().stem
-        self.out = Path(flags.output_dir) / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}.json"
-        make_folder(self.out.parent, "--output_dir")
+        self.folder = Path(flags.output_dir or Path("outputs", flags.run, "evaluation"))
+        make_folder(self.folder, "--output_dir")
         self.network: Any = None  # FeatureNetwork, in the main process
         self.report: dict[str, Any] = {"protocol": self.protocol()}
 
@@ -50,11 +52,24 @@ class Evaluation:
         found: dict[str, Any] = {"command": self.flags.command, "date": time.strftime("%Y-%m-%d %H:%M:%S %z")}
         found |= {"device": describe(self.device), "torch": str(torch.__version__)}
         if self.pipeline:
-            s, dtype = self.settings, str(self.pipeline.dtype).removeprefix("torch.")
+            s = self.settings
             found |= {"checkpoint": self.flags.checkpoint, "step": self.pipeline.step, "epoch": self.pipeline.epoch}
-            found |= {"weights": self.flags.weights, "precision": dtype}
+            found |= {"weights": self.flags.weights, "precision": self.pipeline.precision}
             found["dataset"] = f"{s.DATASET}, {s.IMAGE_SIZE}x{s.IMAGE_SIZE}"
         return found
+
+    @cached_property
+    def out(self) -> Path:
+        """The JSON of this call, whose name is taken when it is first asked for; other files are named after it."""
+        measured = self.flags.checkpoint if self.flags.samples is None or not self.flags.fid else self.flags.samples
+        name = f"{Path(measured).absolute().stem}-{time.strftime('%Y%m%d-%H%M%S')}.json"
+        with writing(self.folder, "--output_dir"):
+            return take_free(numbered(self.folder / name))
+
+    @cached_property
+    def curves(self) -> Path:
+        """The TensorBoard folder of this call alone, so that two evaluations are two curves. Raises OSError."""
+        return take_free(numbered(self.settings.folder("LOG_PATH") / "evaluate" / self.out.stem), is_folder=True)
 
     @cache  # noqa: B019 (there is one Evaluation)
     def split(self, name: str) -> Images:
@@ -109,12 +124,11 @@ class Evaluation:
         return self.pictures("val").about() | {"used": number, "labels": labels}
 
     def curve(self, tag: str, points: Iterable[tuple[int, float]]) -> None:
-        """A TensorBoard curve over t, in a folder of this call alone, so that two evaluations are two curves."""
+        """A TensorBoard curve over t."""
         from src.runtime.monitor import EventFile  # here, because --help needs no TensorBoard
 
-        folder = self.settings.folder("LOG_PATH") / "evaluate" / self.out.stem
-        with optional(folder, "--log_path"):
-            events = EventFile(folder)
+        with optional(self.settings.folder("LOG_PATH"), "--log_path"):
+            events = EventFile(self.curves)
             for t, value in points:
                 events.scalar(t, tag, value)
             events.close()

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from src.dataset import Images
 from src.runtime.distributed import World
+from src.runtime.folders import no_checkpoint
 from src.runtime.settings import Settings, settings_from_dict
-from src.utils import UserError, atomic_file, flush_folder, reason, writing
+from src.utils import UserError, atomic_file, flush_folder, numbered, reason, take_free, writing
 
 VERSION = 2  # of the layout. This program reads its own version and older ones.
 TO_DRAW = ("config", "classes", "class_ids", "ema")
@@ -128,12 +129,11 @@ def load_checkpoint(path: Path, needs: Collection[str] = TO_RESUME, mmap: bool =
     """Open a checkpoint on the CPU and check its checksums. needs: the entries it must have.
     mmap: read each tensor from the disk when it is first used.
     Raises CheckpointError with a sentence for each way in which the file may be wrong."""
-    if not path.exists():
-        found = ", ".join(shlex.quote(str(p)) for p in sorted(path.parent.glob("*.pth"))) or "none found there"
-        raise CheckpointError(f"No checkpoint at {path}. Run 'python train.py' first, or choose one of: {found}.")
     try:
         with open(path, "rb") as file:
             is_whole = zipfile.is_zipfile(file)  # torch writes zip files, whose index stands at the end
+    except FileNotFoundError:
+        raise CheckpointError(no_checkpoint(path)) from None
     except OSError as error:
         raise CheckpointError(f"Cannot read {path}: {reason(error)}. Fix its permissions, or use another one.") from None
     if not is_whole:
@@ -229,7 +229,7 @@ def find_latest(folder: Path) -> dict[str, Any] | None:
         )
     newest = max(steps, key=lambda path: (steps[path], path))
     if damage:
-        aside = latest.with_name("latest.damaged")
+        aside = take_free(numbered(latest.with_name("latest.damaged")))  # an earlier one stays
         os.replace(latest, aside)
         print(f"Warning: {damage} It was set aside as {aside}.", file=sys.stderr)
     print(f"Going on from {newest}, step {steps[newest]:,}, the newest that loads.", file=sys.stderr)

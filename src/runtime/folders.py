@@ -1,46 +1,83 @@
-"""Which run owns a folder: one run at a time on its checkpoints, and none among the previews and curves of another."""
+"""Which run owns a folder: one at a time on its checkpoints, none among the previews and curves of another, and pictures that
+are all drawn alike."""
 
 import contextlib
+import json
 import os
+import re
+import shlex
 import socket
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from src.utils import UserError, atomic_file, make_folder, reading, reason, writing
+from src.runtime.distributed import World
+from src.utils import UserError, atomic_file, make_folder, reading, reason, take_free, writing
+
+BESIDE = ("grid.png", "labels.csv", "samples.npz", "denoising.gif", "interpolation.png", "interpolation.gif")
+RUNS = Path("checkpoints")
+SHIPPED = [Path(__file__).parents[2] / "docs" / name for name in ("nature.pth", "shapes.pth")]
+
+
+def checkpoints_of_runs() -> list[Path]:
+    """One checkpoint of each run there is: best.pth before latest.pth before others."""
+    found = [[folder / "best.pth", folder / "latest.pth", *folder.glob("*.pth")] for folder in [RUNS, *sorted(RUNS.glob("*"))]]
+    return [next(path for path in paths if path.exists()) for paths in found if paths[2:]]
+
+
+def no_checkpoint(path: Path) -> str:
+    """What to say where there is none: which others there are, beside it, of the runs, and with the program."""
+    shipped = [Path(os.path.relpath(file) if file.is_relative_to(Path.cwd()) else file) for file in SHIPPED if file.exists()]
+    others = dict.fromkeys([*sorted(path.parent.glob("*.pth")), *checkpoints_of_runs(), *shipped])
+    listed = ", ".join(shlex.quote(str(other)) for other in list(others)[:8])
+    advice = ["Run 'python train.py' first"] if path == RUNS / "best.pth" or not others else []  # it was no run by name
+    advice += [f"{'or choose' if advice else 'Choose'} one of: {listed}"] if others else []
+    return f"No checkpoint at {path}. {', '.join(advice)}."
 
 
 class FolderLock:
     """`with FolderLock(folder, flag):` makes the folder and holds it until the block ends or the process dies. The operating
-    system keeps the lock, not the file `.lock`. flag: the setting that named the folder, for the message.
-    Raises UserError while another run lives, or without write permission."""
+    system keeps the lock, not the file `.lock`. flag: the setting that named the folder, way_out: another folder, for messages.
+    Raises UserError while another process has it, or without write permission."""
 
-    def __init__(self, folder: Path, flag: str):
-        self.folder, self.flag = folder, flag
+    def __init__(self, folder: Path, flag: str, way_out: str = "give this one a name: --run NAME"):
+        self.folder, self.flag, self.way_out = folder, flag, way_out
+        self.path = folder / ".lock"
 
     def __enter__(self) -> "FolderLock":
         make_folder(self.folder, self.flag)
-        with writing(self.folder, self.flag):
-            self.file = open(self.folder / ".lock", "a+", encoding="utf-8")
+        with writing(self.path, self.flag):
+            self.file = open(self.path, "a+", encoding="utf-8")
         try:
             take(self.file)
+            if not (self.path.exists() and os.path.samefile(self.file.fileno(), self.path)):  # its owner just removed it
+                raise BlockingIOError
         except (BlockingIOError, PermissionError):  # other errors: a file system without locks
             self.file.seek(0)
             owner = self.file.read().strip() or "another process"
             self.file.close()
-            raise UserError(
-                f"{self.folder} is in use by {owner}. Wait for that run to end, or give this one a name: --run NAME."
-            ) from None
+            raise UserError(f"{self.folder} is in use by {owner}. Wait for it to end, or {self.way_out}.") from None
         except OSError as error:
             print(f"Warning: {self.folder} cannot be locked ({reason(error)}). Make sure that only one run uses it at a time.")
         with contextlib.suppress(OSError):  # a full disk: the lock holds, only without its owner's name
             os.ftruncate(self.file.fileno(), 0)
             os.write(self.file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        for part in self.folder.glob(".*.part-*"):  # what a run that was killed while saving left half-written
-            part.unlink(missing_ok=True)
+        remove_parts(self.folder)
         return self
 
     def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):  # Windows removes no open file
+            self.path.unlink()
         self.file.close()
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what a process that was killed while it wrote left half-written in a folder that this one holds."""
+    for path in folder.glob(".*.part-*"):
+        if re.fullmatch(r"\..+\.part-([0-9a-f]{8}|link)", path.name):  # as atomic_file and keep_previous name them
+            with contextlib.suppress(OSError):  # it may be another user's
+                path.unlink()
 
 
 def claim(folder: Path, checkpoints: Path, is_resumed: bool) -> None:
@@ -72,3 +109,63 @@ def take(file: IO[str]) -> None:
         import fcntl
 
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: a child that outlives us would keep holding it
+
+
+# --- a folder of pictures: all are drawn with the same settings -----------------------------------------------------------
+
+
+def next_folder(parent: Path, world: World) -> Path:
+    """A new folder, parent/001 or the number after the highest there. The main process makes it at once: no other call can."""
+    number = 0
+    if world.is_main:
+        with writing(parent, "--output_dir"):
+            highest = max([int(path.name) for path in parent.glob("[0-9]*") if path.name.isdecimal()], default=0)
+            number = int(take_free((parent / f"{n:03}" for n in count(highest + 1)), is_folder=True).name)
+    return parent / f"{world.max(number)[0]:03}"
+
+
+def pictures_of(images: Path) -> dict[int, Path]:
+    """The pictures of a folder by number, in order: files with the names that sample.py gives, 000000.png and so on."""
+    found = [path for path in images.glob("*.png") if re.fullmatch("[0-9]{6}|[1-9][0-9]{6,}", path.stem)]
+    return dict(sorted((int(path.stem), path) for path in found))
+
+
+def settings_of(file: Path) -> dict[str, Any] | None:
+    """What a settings.json of sample.py says; {} if another program wrote it, None if there is none. Raises OSError."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:  # no JSON
+        return {}
+    return found if isinstance(found, dict) and {"weights", "sampler", "steps", "seed"} <= found.keys() else {}
+
+
+@contextlib.contextmanager
+def picture_folder(out: Path, about: dict[str, Any], facts: dict[str, Any], overwrite: bool) -> Iterator[None]:
+    """Hold a folder for pictures that are drawn with the settings `about`: a new one, or one whose pictures were drawn with the
+    same. Others are refused; with overwrite those that sample.py drew are removed first, and nothing else ever is.
+    facts: what else settings.json says, which changes no picture.   Raises UserError."""
+    file, images = out / "settings.json", out / "images"
+    with FolderLock(out, "--output_dir", "choose another --output_dir"):
+        with reading(out):
+            found = settings_of(file)
+            there = sorted(images.iterdir()) if images.is_dir() else []
+            beside = [out / name for name in BESIDE if (out / name).exists()]
+        if strangers := [*there, *beside] if found is None else [] if found else [file]:
+            raise UserError(f"{out} holds {strangers[0].name}, which sample.py did not write. Choose another --output_dir.")
+        ours = [*pictures_of(images).values(), *beside]
+        before = {"precision": about["precision"], "spacing": "even"} | (found or about)  # those are newer than the others
+        names = [name for name in about | before if name not in facts and before.get(name) != about.get(name)]
+        if names and ours and not overwrite:
+            changed = ", ".join(f"{name} {before.get(name, 'none')} -> {about.get(name, 'none')}" for name in names)
+            advice = "Choose another --output_dir, or remove them with --overwrite."
+            raise UserError(f"{out} holds pictures drawn with other settings ({changed}). {advice}")
+        make_folder(images, "--output_dir")
+        remove_parts(images)
+        with writing(out, "--output_dir"):
+            for path in ours if overwrite else []:
+                path.unlink()
+            with atomic_file(file) as part:
+                part.write(json.dumps(about | facts, indent=1).encode())
+        yield

@@ -26,7 +26,7 @@ from src.model import parameter_count
 from src.runtime.device import peak_memory
 from src.runtime.distributed import World
 from src.runtime.settings import Run, Settings, as_text, changed_from_defaults
-from src.utils import count, printable, writing
+from src.utils import count, make_folders, printable, writing
 
 FEW_STEPS = 2000  # fewer in all are warned about
 SECONDS_PER_LINE = 60  # between lines of progress where there is no terminal for a bar
@@ -95,9 +95,9 @@ class EventFile:
     thread. purge_step: TensorBoard hides what earlier files of the folder have from this step on."""
 
     def __init__(self, folder: Path, purge_step: int | None = None):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folders(folder)
         name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"
-        self.records = RecordWriter(open(folder / name, "wb"))  # noqa: SIM115 (closed by close)
+        self.records = RecordWriter(open(folder / name, "xb"))  # noqa: SIM115 (closed by close)
         self.write(file_version="brain.Event:2")
         if purge_step:
             self.write(step=purge_step, session_log=SessionLog(status=SessionLog.START))

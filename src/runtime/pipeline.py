@@ -18,23 +18,13 @@ from src.runtime.build import build_diffusion, build_model
 from src.runtime.checkpoint import TO_DRAW, load_checkpoint, load_weights
 from src.runtime.device import InPrecision, compiled, pick_device, pick_precision, place, should_compile, synchronize
 from src.runtime.distributed import World
-from src.runtime.flags import PATH, RUN, Kind, choice, number, whole
+from src.runtime.flags import Kind, choice, number, whole
 from src.runtime.settings import KINDS
 from src.samplers import SAMPLERS, SPACINGS, Noise
 from src.utils import FlagError, to_uint8
 
 DEFAULT_STEPS = {"ddim": 50, "dpm++": 20}  # ddpm takes all that the model was trained with
 GIF_FRAMES, GIF_IMAGES = 50, 16  # the most that denoising.gif shows
-
-
-def add_checkpoint_flags(group: Any) -> None:
-    group.add_argument("--checkpoint", **PATH, help="the checkpoint (default: checkpoints/best.pth)")
-    comment = "name of a run: its checkpoint is checkpoints/NAME/best.pth, its outputs lie below outputs/NAME"
-    group.add_argument("--run", **RUN, default="", help=comment)
-
-
-def checkpoint_of(flags: Namespace) -> str:
-    return flags.checkpoint or str(Path("checkpoints", flags.run, "best.pth"))
 
 
 def add_drawing_flags(group: Any) -> None:
@@ -94,6 +84,7 @@ class Pipeline:
         self.labels = parse_classes(flags.classes, self.classes, self.class_ids) if s.CLASS_CONDITIONAL else None
         self.device = pick_device(flags.device, world.local_rank)
         self.dtype = pick_precision(flags.precision, self.device)
+        self.precision = str(self.dtype).removeprefix("torch.")
         model = build_model(s, len(self.classes))
         self.weights = state[weights]
         load_weights(model, self.weights)
@@ -118,7 +109,7 @@ class Pipeline:
         for weight in self.weights.values():
             digest.update(weight.contiguous().flatten().view(torch.uint8).numpy().data)
         about = {"weights": digest.hexdigest()[:16], "sampler": self.sampler, "steps": self.steps, "eta": self.eta}
-        about |= {"spacing": self.spacing}
+        about |= {"spacing": self.spacing, "precision": self.precision}
         return about | ({"guidance": self.guidance, "classes": self.labels} if self.labels else {})
 
     def seconds_per_call(self, pictures: int, batch_size: int) -> float:

@@ -11,7 +11,7 @@ from types import FrameType
 
 from src.runtime.device import is_out_of_memory
 from src.runtime.distributed import World, lost_contact
-from src.utils import UserError
+from src.utils import UserError, remove_empty
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
@@ -96,7 +96,8 @@ def run_script(name: str, body: Callable[[StopRequest], None], out_of_memory: Ca
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not so in a notebook
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot print
-    with StopRequest() as stop:
+    with StopRequest() as stop, contextlib.ExitStack() as at_end:
+        at_end.callback(remove_empty)
         try:
             body(stop)
             return stop.exit_code

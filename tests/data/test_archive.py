@@ -43,10 +43,10 @@ def make(path, files):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_folder_that_holds_the_file_takes_the_name_asked_for(tmp_path, kind):
-    (tmp_path / ".images.part-old").mkdir()
-    (tmp_path / ".images.part-old" / "left by a kill").touch()
-    os.utime(tmp_path / ".images.part-old", (0, 0))
-    (tmp_path / ".images.part-young").mkdir()
+    (tmp_path / ".images.part-left_old").mkdir()
+    (tmp_path / ".images.part-left_old" / "left by a kill").touch()
+    os.utime(tmp_path / ".images.part-left_old", (0, 0))
+    (tmp_path / ".images.part-of_today").mkdir()
     files = {"top/": "", "top/a/b.txt": "b", "top/c.txt": "c", "top/empty/": "", "__MACOSX/._c": "x", "d/e/c.txt": ""}
     path = make(tmp_path / f"a.{kind}", files)
     extract(path, tmp_path / "new" / "images", "c.txt")
@@ -54,7 +54,7 @@ def test_the_folder_that_holds_the_file_takes_the_name_asked_for(tmp_path, kind)
     for folder in (tmp_path / "images", tmp_path / "new" / "images"):
         assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) == ["a", "a/b.txt", "c.txt", "empty"]
         assert folder.stat().st_mode & 0o777 == (tmp_path / "new").stat().st_mode & 0o777
-    assert sorted(os.listdir(tmp_path)) == [".images.part-young", path.name, "images", "new"]
+    assert sorted(os.listdir(tmp_path)) == [".images.part-of_today", path.name, "images", "new"]
 
 
 def test_two_processes_that_unpack_at_once_end_with_one_whole_folder(tmp_path, monkeypatch):

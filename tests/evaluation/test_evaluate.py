@@ -111,6 +111,16 @@ def test_it_ends_with_what_one_wants_to_know_below_the_tables(tiny, capsys):
         assert f"by {view}, {report.nearest[view]['ratio']:.2f} times as far" in line and "near 0 copies" in line
 
 
+def test_evaluations_that_start_in_one_second_keep_their_reports_and_curves_apart(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("src.evaluation.report.time.strftime", lambda _: "20260102-030405")
+    words = ["--checkpoint", str(tiny.checkpoint), "--device", "cpu", "--loss", "--log_path", str(tmp_path / "logs")]
+    for k in range(3):
+        assert evaluate.main([*words, "--output_dir", str(tmp_path / f"{k // 2}")]) == 0
+    names = [f"{folder}/tiny-20260102-030405{n}.json" for folder, n in ((0, "-2"), (0, ""), (1, ""))]
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*.json")) == names
+    assert len(list((tmp_path / "logs/evaluate").iterdir())) == 3
+
+
 # --- what must not cost a figure ------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -290,3 +291,86 @@ def no_checkpoint(run):
 def damaged_for_drawing(run):
     (run.folder / "half.pth").write_bytes(b"PK half a file")
     return run.start("sample.py", "--checkpoint", "half.pth").wait()
+
+
+@fault("A checkpoint with a name that no disk takes")
+def checkpoint_with_a_long_name(run):
+    return run.start("sample.py", "--checkpoint", 300 * "a").wait()
+
+
+def run_called_mine(run: Runner, trained: Runner) -> str:
+    """A run of that name with latest.pth alone."""
+    (run.folder / "checkpoints/mine").mkdir(parents=True)
+    return shutil.copy(trained.folder / "checkpoints/latest.pth", run.folder / "checkpoints/mine")
+
+
+@fault("A run named where a file is needed")
+def run_as_checkpoint(run, trained):
+    run_called_mine(run, trained)
+    assert run.start("sample.py", "--checkpoint", "./checkpoints/mine/").wait().err.endswith("Use --run mine.\n")
+    return run.start("sample.py", "--checkpoint", "mine").wait()
+
+
+@fault("A run that does not exist")
+def run_that_is_not_there(run, trained):
+    run_called_mine(run, trained)
+    process = run.start("sample.py", "--run", "mien").wait()
+    assert "one of: checkpoints/mine/latest.pth, " in process.err and "docs/shapes.pth" in process.err
+    return process
+
+
+@fault("A run that was stopped before its first validation")
+def run_without_best(run, trained):
+    run_called_mine(run, trained)
+    return run.sample("--run", "mine", "--num_samples", 1, "--steps", 2)
+
+
+# --- folders of pictures ------------------------------------------------------------------------------
+
+
+def drawn(run: Runner, trained: Runner, *words, **options: str) -> Process:
+    """A call that draws a picture into the folder `drawn`."""
+    checkpoint, flags = trained.folder / "checkpoints/best.pth", ["--device", "cpu", "--precision", "fp32", "--num_samples", 1]
+    flags += ["--steps", 2, "--checkpoint", checkpoint, "--output_dir", "drawn"]
+    return run.start("sample.py", *flags, *words, **options)
+
+
+@fault("Pictures drawn with other settings are in the folder")
+def pictures_of_other_settings(run, trained):
+    drawn(run, trained).wait()
+    before = run.files("drawn/**/*")
+    process = drawn(run, trained, "--seed", 1, "--sampler", "ddim", "--precision", "bf16").wait()
+    assert "(sampler dpm++ -> ddim, precision float32 -> bfloat16, seed 0 -> 1)" in process.err
+    assert run.files("drawn/**/*") == before
+    return process
+
+
+@fault("Files of your own are in the folder")
+def files_of_others(run, trained):
+    strangers = {"a": "images/holiday.png", "b": "images/000000.png", "c": "grid.png", "d": "settings.json"}
+    for folder, name in strangers.items():
+        file = run.folder / "drawn" / name
+        file.parent.mkdir(parents=True)
+        file.write_text('{"editor.fontSize": 12}')
+        for flags in ((), ("--overwrite",)):
+            process = drawn(run, trained, *flags).wait()
+            assert f"drawn holds {file.name}, which" in process.err
+            assert run.files("drawn/**/*") == {f"drawn/{name}": b'{"editor.fontSize": 12}'}
+        (run.folder / "drawn").rename(run.folder / folder)
+    return process
+
+
+@fault("Another call draws into the folder")
+def two_calls_at_once(run, trained):
+    setup = "import os, signal; from src.runtime.pipeline import Pipeline as P; P.prepare = lambda *_: signal.pause()"
+    first = drawn(run, trained, setup=setup, name="first").wait(lambda: (run.folder / "drawn/settings.json").exists())
+    before = run.files("drawn/**/*")
+    process = drawn(run, trained, "--overwrite").wait()
+    assert run.files("drawn/**/*") == before and f"process {first.pid} on" in process.err
+    first.send(signal.SIGKILL)
+    first.wait()
+    assert drawn(run, trained, "--seed", 1, name="third").wait().code == 0, (
+        "nothing was drawn, and a lock that was left locks nothing"
+    )
+    assert sorted(os.listdir(run.folder / "drawn")) == ["grid.png", "images", "labels.csv", "settings.json"]
+    return process

@@ -117,10 +117,12 @@ def test_latest_keeps_one_predecessor(tmp_path, settings):
 
 
 def test_what_a_killed_run_left_half_written_is_removed_and_nothing_else(tmp_path):
-    for name in (".latest.pth.part-17", ".latest.previous.pth.part-17", "latest.pth", ".lock", "notes.part-1"):
+    mine = [".mail.part-1", ".my.part-of-it", "latest.pth", "notes.part-1"]
+    for name in (".latest.pth.part-0f17ab42", ".latest.previous.pth.part-link", ".lock", *mine):
         (tmp_path / name).touch()
     with FolderLock(tmp_path, "--checkpoint_path"):
-        assert sorted(os.listdir(tmp_path)) == [".lock", "latest.pth", "notes.part-1"]
+        assert sorted(os.listdir(tmp_path)) == sorted([".lock", *mine])
+    assert sorted(os.listdir(tmp_path)) == mine, "and the lock goes with the run"
 
 
 # --- loading ------------------------------------------------------------------------------------------
@@ -188,7 +190,7 @@ def test_a_file_that_is_no_checkpoint_of_this_program_is_told_from_a_damaged_one
 
 
 def test_a_missing_file_is_answered_with_those_that_are_there(tmp_path):
-    with pytest.raises(CheckpointError, match=r"No checkpoint at .*best.pth.*none found there"):
+    with pytest.raises(CheckpointError, match=r"No checkpoint at .*best.pth\. Choose one of: .*docs/shapes.pth"):
         load_checkpoint(tmp_path / "best.pth")
     (tmp_path / "latest.pth").touch()
     with pytest.raises(CheckpointError, match=r"one of: .*latest.pth"):
