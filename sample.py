@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -35,7 +34,7 @@ from src.runtime.pipeline import Pipeline, add_drawing_flags, check_drawing_flag
 from src.runtime.runs import add_checkpoint_flags, choose_checkpoint, tell
 from src.runtime.settings import KINDS
 from src.runtime.signals import StopRequest, run_script
-from src.utils import FlagError, atomic_file, class_columns, count, flush_folder, reading, save_gif, save_png, sheet, writing
+from src.utils import FlagError, atomic_file, class_columns, count, flush_folder, load_png, save_gif, save_png, sheet, writing
 
 SHEET_PICTURES = 256  # the most that grid.png shows
 HALVES = ("x_t: noise becomes a picture", "x_0: the picture the network expects")  # of denoising.gif
@@ -87,6 +86,8 @@ def read_flags(argv: Sequence[str]) -> Namespace:
                        "next free outputs/pictures/001, 002, ...); pictures that are there already are kept")  # fmt: skip
     where.add_argument("--npz", **TRUTH, default=False, help="also samples.npz: arr_0 uint8 [N, H, W, C], arr_1 the labels")
     where.add_argument("--gif", **TRUTH, default=False, help="also denoising.gif, or with --interpolate interpolation.gif")
+    where.add_argument("--columns", **whole(1, 256), help="of the sheet (default: near a square, one class each, or one leg)")
+    where.add_argument("--zoom", **whole(1, 64), help="how wide a pixel gets in the sheet and GIFs (default: 96 / image size)")
     where.add_argument("--overwrite", **TRUTH, default=False, help="remove pictures drawn with other settings first")
     flags = parser.parse(argv)
     check_drawing_flags(flags)
@@ -101,12 +102,21 @@ def read_flags(argv: Sequence[str]) -> Namespace:
 
 class Series:
     """Pictures in a row, from --start_index on, the classes in turn. numbers: of the pictures.   about: what they depend on,
-    beside the settings.   label(i): the class of picture i.   start: as Pipeline.series takes it."""
+    beside the settings.   label(i): the class of picture i.   start: as Pipeline.series takes it.   sheet, columns, shown: its
+    file and what is in it, None for all pictures.   caption(i): what stands below picture i."""
+
+    sheet = "grid.png"
 
     def __init__(self, pipeline: Pipeline, flags: Namespace):
         self.numbers = range(flags.start_index, flags.start_index + flags.num_samples)
         self.about = {"seed": flags.seed}
         self.label, self.start = pipeline.label, partial(pipeline.start, flags.seed)
+        self.columns = class_columns(len(pipeline.labels)) if pipeline.labels else None
+        self.classes, self.shown = pipeline.classes, None
+
+    def caption(self, i: int) -> str:
+        label = self.label(i)
+        return "" if label is None else self.classes[label]
 
 
 class Walk:
@@ -114,12 +124,16 @@ class Walk:
     counted. Each picture stands on a leg at a share, 0 to 1, of the way: slerp gives x_T there, and the network's prediction
     goes from the one class to the other. The attributes are those of a Series."""
 
+    sheet = "interpolation.png"
+
     def __init__(self, pipeline: Pipeline, flags: Namespace):
         self.pipeline, self.steps, points = pipeline, flags.interp_steps, flags.interpolate
         if points == "next":
             points = [(None, flags.start_index), (None, flags.start_index + 1)]
-        points = [(flags.seed if seed is None else seed, index) for seed, index in points]
+        self.points = points = [(flags.seed if seed is None else seed, index) for seed, index in points]
         self.ends = [PictureNoise(seed, [index], pipeline.shape, pipeline.device)(0)[0] for seed, index in points]
+        self.columns = min(self.steps, 20)
+        self.shown = [leg * (self.steps - 1) + k for leg in range(len(points) - 1) for k in range(self.steps)]  # a row a leg
         self.labels = [pipeline.label(index) for _, index in points]
         self.numbers = range((len(points) - 1) * (self.steps - 1) + 1)
         self.about = {"seed": flags.seed, "walk": [*map(list, points)], "interp_steps": self.steps}
@@ -133,6 +147,14 @@ class Walk:
         """The class of the nearer end."""
         leg, share = self.place(i)
         return self.labels[leg + (share > 0.5)]
+
+    def caption(self, i: int) -> str:
+        """At an end how --interpolate names it, and its class."""
+        leg, share = self.place(i)
+        if share not in (0, 1):
+            return ""
+        (seed, index), label = self.points[leg + int(share)], self.label(i)
+        return f"{seed}:{index}" + ("" if label is None else f" {self.pipeline.classes[label]}")
 
     def start(self, indices: Sequence[int]) -> tuple[Callable, Tensor | None, Callable]:
         network, (legs, shares) = self.pipeline.network, zip(*map(self.place, indices))
@@ -173,7 +195,7 @@ def draw(pipeline: Pipeline, flags: Namespace, out: Path, series: Series | Walk)
     flush_folder(out / "images")
     if frames:
         with writing(gif, "--output_dir"):
-            halves = [torch.stack([*map(sheet, pair)]) for pair in frames]
+            halves = [torch.stack([sheet(half, zoom=flags.zoom) for half in pair]) for pair in frames]
             save_gif([sheet(pair, HALVES, columns=2, zoom=1) for pair in halves], gif)
 
 
@@ -185,28 +207,18 @@ def save(picture: Tensor, path: Path) -> None:
 # --- what lies beside the pictures ------------------------------------------------------------------------
 
 
-def load(path: Path) -> Tensor:
-    """[C, H, W] uint8."""
-    with reading(path), Image.open(path) as image:
-        return torch.from_numpy(np.atleast_3d(image)).permute(2, 0, 1)
-
-
 def finish(pipeline: Pipeline, flags: Namespace, out: Path, series: Series | Walk) -> list[str]:
     """Sheet, labels.csv, samples.npz and interpolation.gif of all pictures that are there. Returns what there is."""
     there = pictures_of(out / "images")
-    shown = torch.stack([load(path) for path in list(there.values())[:SHEET_PICTURES]])
+    shown = (series.shown or list(there))[:SHEET_PICTURES]
+    names, columns = [*map(series.caption, shown)], flags.columns or series.columns
+    picture = sheet(torch.stack([load_png(there[i]) for i in shown]), names if any(names) else [], columns, flags.zoom)
     with writing(out, "--output_dir"):
-        if isinstance(series, Walk):
-            save_png(sheet(shown, columns=flags.interp_steps), out / "interpolation.png")
-            if flags.gif:
-                save_gif([sheet(load(path)[None]) for path in there.values()], out / "interpolation.gif")
-        else:
-            if pipeline.labels:
-                names = [pipeline.classes[pipeline.label(i)] for i in list(there)[: len(shown)]]
-                picture = sheet(shown, names, class_columns(len(pipeline.labels)))
-            else:
-                picture = sheet(shown)
-            save_png(picture, out / "grid.png")
+        save_png(picture, out / series.sheet)
+        if isinstance(series, Walk) and flags.gif:
+            frames = [sheet(load_png(path)[None], [series.caption(i)], zoom=flags.zoom) for i, path in there.items()]
+            save_gif(frames, out / "interpolation.gif")
+        if isinstance(series, Series):
             save_labels(out / "labels.csv", pipeline, flags.seed, there)
         if flags.npz:
             save_npz(out / "samples.npz", pipeline, series, there)
@@ -233,7 +245,7 @@ def save_npz(path: Path, pipeline: Pipeline, series: Series | Walk, there: dict[
         with archive.open("arr_0.npy", "w", force_zip64=True) as array:
             np.lib.format.write_array_header_1_0(array, header)
             for picture in there.values():
-                array.write(load(picture).permute(1, 2, 0).contiguous().numpy().data)
+                array.write(load_png(picture).permute(1, 2, 0).contiguous().numpy().data)
         if pipeline.labels:
             with archive.open("arr_1.npy", "w") as array:
                 np.save(array, np.array([series.label(i) for i in there], dtype=np.int64))

@@ -11,6 +11,7 @@ from itertools import count as count_from
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -217,6 +218,12 @@ def save_png(image: Tensor, path: Path, flush: bool = True) -> None:
     """Write [3, H, W] uint8 as a PNG that is whole or absent. flush: as in atomic_file."""
     with atomic_file(path, flush) as file:
         to_pil(image).save(file, format="PNG")
+
+
+def load_png(path: Path) -> Tensor:
+    """[C, H, W] uint8."""
+    with reading(path), Image.open(path) as image:
+        return torch.from_numpy(np.atleast_3d(image)).permute(2, 0, 1)
 
 
 def save_gif(frames: Sequence[Tensor], path: Path, seconds: float = 4.0) -> None:

@@ -102,7 +102,11 @@ def test_labels_tell_the_class_of_each_picture(run, sample):
         assert file["arr_1"].dtype == np.int64 and file["arr_1"].tolist() == [0, 0, 1, 0, 0]
 
 
-def test_the_gif_shows_every_step(run, sample):
+def test_the_gif_shows_every_step_and_sheets_have_the_columns_and_the_zoom_asked_for(run, sample):
+    sample("--gif", "--columns", 2, "--zoom", 3, to="small")
+    assert picture(run.folder / "small/grid.png").shape == (3 * 28, 2 * 28, 3)
+    with Image.open(run.folder / "small/denoising.gif") as gif:
+        assert gif.size == (2 * 88, 2 * 28 + 18)
     sample("--gif")
     with Image.open(run.folder / "drawn/denoising.gif") as gif:
         assert gif.n_frames == 3
@@ -264,9 +268,17 @@ def test_a_walk_passes_the_plain_pictures(run, sample):
         for k, station in enumerate(stations):
             assert abs(steps[3 * k] - plain[station]).max() <= 1
         assert not (run.folder / folder / "grid.png").exists()
-    assert picture(run.folder / "next/interpolation.png").shape == (100, 4 * 100, 3)
+    assert picture(run.folder / "next/interpolation.png").shape == (114, 4 * 100, 3)
+    shown = picture(run.folder / "chosen/interpolation.png")
+    assert shown.shape == (2 * 114, 4 * 100, 3)  # a row for each leg: 4 to 1 of seed 0, on to 2
+    assert (shown[:100, 300:] == shown[114:214, :100]).all()
+    inked = [
+        [bool((shown[row * 114 + 98 : row * 114 + 112, k * 100 : k * 100 + 100] > 150).any()) for k in range(4)]
+        for row in (0, 1)
+    ]
+    assert inked == [[True, False, False, True]] * 2  # only ends have names
     with Image.open(run.folder / "chosen/interpolation.gif") as gif:
-        assert gif.n_frames == 7 and gif.size == (100, 100)
+        assert gif.n_frames == 7 and gif.size == (100, 114)
     said = sample(*walk[:2], classes=True, to="chosen", code=1).err
     assert "drawn with other settings (walk [[0, 4], [0, 1], [0, 2]] -> none, interp_steps 4 -> none)" in said
 
