@@ -32,12 +32,7 @@ def add_drawing_flags(group: Any) -> None:
     flags: list[tuple[str, Kind, Any, str]] = [
         ("--sampler", choice(*SAMPLERS), "dpm++", f"{', '.join(SAMPLERS)} (default: dpm++)"),
         ("--steps", whole(1, 100_000), None, "network calls per picture (default: all for ddpm, 50 for ddim, 20 for dpm++)"),
-        (
-            "--spacing",
-            choice(*SPACINGS),
-            "logsnr",
-            "which steps: even in the log-SNR, or in t (default: logsnr)",
-        ),
+        ("--spacing", choice(*SPACINGS), "logsnr", "which steps: even in the log-SNR, or in t (default: logsnr)"),
         ("--eta", number(0, 1), 0.0, "randomness of ddim, 0 none, 1 as much as ddpm (default: 0)"),
         ("--weights", choice("ema", "raw"), "ema", "the running average of the weights, or the raw ones (default: ema)"),
         ("--batch_size", whole(1, 100_000), 64, "pictures drawn at a time; changes none of them (default: 64)"),
@@ -47,7 +42,7 @@ def add_drawing_flags(group: Any) -> None:
             "--compile",
             KINDS["COMPILE"],
             "auto",
-            "torch.compile the network: auto (on CUDA, from 2,000 calls on), true, false (default: auto)",
+            "torch.compile: auto (on CUDA, from 2,000 calls on), true, false (default: auto)",
         ),
     ]
     for flag, kind, default, comment in flags:
