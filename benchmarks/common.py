@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -113,6 +114,13 @@ def hardware(device: torch.device) -> str:
     return found[1] if found else describe(device)
 
 
+def curve(folder: Path, tag: str) -> list[tuple[int, float]]:
+    """(step, value) of each point that train.py drew, in its folder of TensorBoard events."""
+    events = EventAccumulator(str(folder))
+    found = folder.exists() and tag in events.Reload().Tags()["scalars"]
+    return [(event.step, event.value) for event in events.Scalars(tag)] if found else []
+
+
 def commit() -> str:
     """The commit of this working tree, with "-dirty" if files differ from it. Without git, the environment variable COMMIT."""
     shell = subprocess.getoutput
@@ -121,11 +129,11 @@ def commit() -> str:
 
 
 class Table:
-    """Rows of figures. `add` appends each to results/NAME.jsonl at once, so that a run that is cut short keeps what it has.
-    about: figures that hold for all rows."""
+    """Rows of figures. `add` prints each and appends it to results/NAME.jsonl, so that a run that is cut short keeps what it
+    has. about: figures that hold for all rows."""
 
     def __init__(self, name: str, args: Args, device: torch.device, **about: Any):
-        self.path, self.rows = args.results / f"{name}.jsonl", list[dict[str, Any]]()
+        self.path, self.columns = args.results / f"{name}.jsonl", list[str]()
         self.about = {
             "command": shlex.join(["python", *sys.orig_argv[1:]]),
             "hardware": hardware(device),
@@ -137,18 +145,21 @@ class Table:
             **about,
         }
 
+    def past(self) -> list[dict[str, Any]]:
+        """The rows of earlier runs of this commit on this machine."""
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        facts = ("hardware", "torch", "commit", "tiny")
+        return [row for row in map(json.loads, lines) if all(row[fact] == self.about[fact] for fact in facts)]
+
     def add(self, **row: Any) -> None:
-        self.rows.append(row)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a") as file:
             file.write(json.dumps(self.about | row) + "\n")
-
-    def print(self) -> None:
-        columns = list(dict.fromkeys(name for row in self.rows for name in row))
-        print(", ".join(f"{name}: {text(value)}" for name, value in self.about.items()))
-        print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
-        for row in self.rows:
-            print("| " + " | ".join(text(row.get(name, "-")) for name in columns) + " |")
+        if list(row) != self.columns:
+            about = "" if self.columns else ", ".join(f"{name}: {text(value)}" for name, value in self.about.items()) + "\n"
+            self.columns = list(row)
+            print(f"{about}\n| " + " | ".join(self.columns) + " |\n|" + "---|" * len(self.columns))
+        print("| " + " | ".join(map(text, row.values())) + " |", flush=True)
 
 
 def text(value: Any) -> str:

@@ -205,7 +205,6 @@ def measure(args: Args) -> None:
         judge = Judge(train, Path(pipeline.settings.CACHE_PATH), 20 if args.tiny else STEPS)
         table.add(what="real validation", **judge(val))
         table.add(what="drawn", **judge(drawn, bool(pipeline.labels)))
-    table.print()
     if args.sheet:
         save_png(sheet(torch.from_numpy(drawn[:100]), names[:100], 10), args.sheet)
 

@@ -78,7 +78,6 @@ def measure(args: Args) -> None:
         add("kind", f"**{kind}**", time, sum(count for name, count in calls.items() if kind_of(name) == kind))
     add("kind", "**gaps**", whole - sum(times.values()), 0)
     add("kind", "**the step**", whole, 1)
-    table.print()
 
 
 FLAGS: common.Flags = {

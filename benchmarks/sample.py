@@ -60,19 +60,21 @@ def measure(args: Args) -> None:
     shape = (args.count or (2 if args.tiny else 64), 3, s.IMAGE_SIZE, s.IMAGE_SIZE)
     most = args.most_steps or (2 if args.tiny else s.TIME_STEPS if device.type == "cuda" else 5)
     draws = {"ours": ours(s, device, shape)}
+    if should_compile(s.COMPILE, device):
+        draws["ours, eager"] = ours(common.settings_for(args, compile="false"), device, shape)
     draws |= {f"diffusers, {mode}": theirs(s, device, shape, mode) for mode in args.modes}
     table = Table("sample", args, device)
     for sampler in args.samplers:
         steps = DEFAULT_STEPS.get(sampler, s.TIME_STEPS)
         measured = min(steps, most)
-        for draw in draws.values():  # compiles, picks kernels
-            draw(sampler, min(2, measured))
+        few = min(2, measured)  # the first call compiles, picks kernels
+        first = {name: common.seconds_per_call(partial(draw, sampler, few), 1, device) for name, draw in draws.items()}
         calls = {name: partial(draw, sampler, measured) for name, draw in draws.items()}
         for name, times in (seconds := common.in_turns(calls, args.rounds, 1, device)).items():
             figures = {"sampler": sampler, "steps": steps, "steps_measured": measured, "count": shape[0], "name": name}
             figures |= common.spread("seconds", [x * steps / measured for x in times])
+            figures |= {"seconds_of_first_call": first[name]}
             table.add(**figures, **common.spread("over_ours", times, seconds["ours"]), rounds=args.rounds)
-    table.print()
 
 
 FLAGS: common.Flags = {

@@ -18,11 +18,11 @@ import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from benchmarks import common
 from benchmarks.common import Args, Call, Table
@@ -101,52 +101,6 @@ def compiled(part: str, **options: Any) -> Callable[[Step], None]:
     return change
 
 
-def step_noise(step: Step) -> None:
-    """Noise, loss and network in one compiled function. The batch brings the keys of its noise."""
-    losses, step.network = step.losses, step.eager
-
-    def keys_alone(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
-        return keys
-
-    def from_keys(x_0: Tensor, t: Tensor, keys: Tensor, y: Tensor | None) -> Tensor:
-        return losses(x_0, t, noise.normal(keys, x_0.shape[1:]), y)
-
-    step.batches = patch.object(noise, "normal", keys_alone)(step.batches.__call__)
-    step.losses = torch.compile(from_keys)
-
-
-def in_dtype(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    copies = tuple(torch.empty_like(tensor, dtype=dtype) for tensor in tensors)
-    torch._foreach_copy_(copies, tensors)
-    return copies
-
-
-class Lower(torch.autograd.Function):
-    """float32 weights to bf16 by one foreach copy, their gradients back by another."""
-
-    forward = staticmethod(lambda ctx, *weights: in_dtype(weights, torch.bfloat16))
-    backward = staticmethod(lambda ctx, *grads: in_dtype(grads, torch.float32))
-
-
-def shadow(step: Step) -> None:
-    """The network computes with bf16 copies of the weights that autocast would cast one by one."""
-    assert step.eager.dtype == torch.bfloat16, "the step has no such modules on this device in this precision"
-    kinds = (nn.Conv2d, nn.Linear, plain.Downsample, plain.Upsample)  # the head's convolution is in float32
-    layers = [(name, layer) for name, layer in step.eager.named_modules() if type(layer) in kinds and ".head." not in name]
-    weights = {f"{name}.{key}": weight for name, layer in layers for key, weight in layer.named_parameters()}
-
-    def call(low: tuple[Tensor, ...], *args: Any) -> Tensor:
-        return torch.func.functional_call(step.eager, dict(zip(weights, low)), args)
-
-    quick = call if step.network is step.eager else torch.compile(call)
-    step.network = lambda *args: quick(Lower.apply(*weights.values()), *args)
-
-
-def one_batch(step: Step) -> None:
-    """Always the same images and noise. The difference is what it costs to draw them."""
-    step.batches = partial(lambda batch, *_: batch, step.batches(0, 0))
-
-
 MODULES = [c for c in vars(kernels).values() if isinstance(c, type) and issubclass(c, nn.Module)]
 SWAPS = tuple(c for c in MODULES if c is not kernels.LeanResBlock)  # which no device has by itself
 
@@ -158,17 +112,12 @@ VARIANTS: dict[str, Callable[[Step], None]] = {
     "lean": swapped(plain.ResBlock, kernels.LeanResBlock),
     "four-product": swapped(plain.Upsample, kernels.FourProductUpsample),
     "eager": lambda step: setattr(step, "network", step.eager),
-    "compile": compiled("network"),
     "graphs": compiled("network", mode="reduce-overhead"),
-    "max-autotune": compiled("network", mode="max-autotune"),
     "loss": compiled("losses"),
     "loss-graphs": compiled("losses", mode="reduce-overhead"),
     "layout": compiled("network", options={"force_layout_optimization": True}),
     "no-mix-order": compiled("network", options={"triton.mix_order_reduction": False}),  # pytorch issue #193061
-    "step-noise": step_noise,
-    "shadow": shadow,
     "cudnn-benchmark": lambda step: setattr(step, "take", torch.backends.cudnn.flags(True, True)(step.take)),
-    "one-batch": one_batch,
 }
 
 MODES = ("script", "best")
@@ -259,7 +208,7 @@ UNETS: dict[str, Callable] = {
 def contestants(args: Args, s: Settings, device: torch.device) -> dict[str, Callable[[], Call]]:
     images = common.random_images(max(4096, s.BATCH_SIZE), s.IMAGE_SIZE)
     x_0, _ = DeviceImages(images, device).batch(torch.arange(s.BATCH_SIZE))
-    entered: dict[str, Callable[[], Call]] = {"ours": partial(Step, s, device, images)}
+    entered: dict[str, Callable[[], Call]] = {} if args.alone else {"ours": partial(Step, s, device, images)}
     entered |= {f"ours, {name}": partial(Step, s, device, images, name) for name in args.variants}
     entered |= {f"{peer}, {mode}": partial(PEERS[peer], s, x_0, mode) for peer in args.peers for mode in args.modes}
     return entered
@@ -289,6 +238,9 @@ def race(args: Args, s: Settings, device: torch.device, table: Table) -> None:
             figures |= {"forward_gflop": gflop, "gflop_per_second": speed * 3 * gflop}
             figures |= {"share_of_matmul": speed * 3 * gflop / 1000 / table.about["matmul_tflops"]}
             figures |= {"params_millions": plain.parameter_count(model) / 1e6, "seconds_to_first_step": first[name]}
+            figures |= {
+                "graphs_compiled": counters["inductor"]["fxgraph_cache_miss"]
+            }  # so far; 0: all were in the cache on disk
             figures |= {"peak_gib": peak_memory(device)} if on_gpu else {}
             table.add(batch=s.BATCH_SIZE, name=name, **figures, rounds=args.rounds)
         del running, step  # on a GPU the next one needs the memory
@@ -305,7 +257,6 @@ def measure(args: Args) -> None:
     table = Table("train_step", args, device, steps_per_round=args.steps, **common.ceilings(device, args.tiny))
     for batch in args.batches or ((2,) if args.tiny else (16, 64, 256) if device.type == "cuda" else (8,)):
         race(args, common.settings_for(args, batch_size=batch, grad_accum_steps=1), device, table)
-    table.print()
 
 
 FLAGS: common.Flags = {
@@ -313,6 +264,7 @@ FLAGS: common.Flags = {
     "rounds": dict(type=int, default=7, help="turns of each (default: 7)"),
     "steps": dict(type=int, help="steps in a turn (default: 10 on CUDA, else 1)"),
     "variants": dict(nargs="*", choices=VARIANTS, default=[], help="ours, changed in one place"),
+    "alone": dict(action="store_true", help="without ours as it is, which another run has measured"),
     "peers": dict(nargs="*", choices=PEERS, default=list(PEERS), help="other libraries (default: all)"),
     "modes": dict(nargs="+", choices=MODES, default=list(MODES), help="how they run (default: both)"),
 }
