@@ -223,7 +223,7 @@ def save_png(image: Tensor, path: Path, flush: bool = True) -> None:
 def load_png(path: Path) -> Tensor:
     """[C, H, W] uint8."""
     with reading(path), Image.open(path) as image:
-        return torch.from_numpy(np.atleast_3d(image)).permute(2, 0, 1)
+        return torch.from_numpy(np.atleast_3d(np.array(image))).permute(2, 0, 1)
 
 
 def save_gif(frames: Sequence[Tensor], path: Path, seconds: float = 4.0) -> None:

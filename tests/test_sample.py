@@ -103,7 +103,7 @@ def test_labels_tell_the_class_of_each_picture(run, sample):
 
 
 def test_the_gif_shows_every_step_and_sheets_have_the_columns_and_the_zoom_asked_for(run, sample):
-    sample("--gif", "--columns", 2, "--zoom", 3, to="small")
+    assert sample("--gif", "--columns", 2, "--zoom", 3, to="small").err == ""
     assert picture(run.folder / "small/grid.png").shape == (3 * 28, 2 * 28, 3)
     with Image.open(run.folder / "small/denoising.gif") as gif:
         assert gif.size == (2 * 88, 2 * 28 + 18)
