@@ -27,7 +27,7 @@ from src.evaluation.nearest import measure_nearest
 from src.evaluation.report import Evaluation, conclusions, say
 from src.runtime.build import build_validation
 from src.runtime.distributed import World
-from src.runtime.flags import PATH, TRUTH, FlagParser, Kind, number, text, whole
+from src.runtime.flags import PATH, TRUTH, FlagParser, Kind, number, print_idle, text, whole
 from src.runtime.pipeline import add_drawing_flags, check_drawing_flags, duration
 from src.runtime.runs import add_checkpoint_flags
 from src.runtime.settings import KINDS
@@ -224,6 +224,18 @@ def measure_loss(ev: Evaluation) -> dict[str, Any]:
 
 
 def evaluate(flags: Namespace, world: World) -> None:
+    compares, models = flags.fid or flags.nearest, flags.nll or flags.loss
+    draws = compares and not flags.samples
+    table = {
+        "without --nll or --loss": ("val_images log_path", not models),
+        "without --fid": ("reference kid_subset_size num_samples", not flags.fid),
+        "without --fid or --nearest": ("samples features", not compares),
+        "with --samples": ("num_samples", flags.fid and flags.samples),
+        "where no pictures are drawn": ("classes guidance sampler steps spacing eta", not draws),
+        "where the network is not used": ("weights precision compile", not (draws or models)),
+        "without --nll where no pictures are drawn": ("seed", not (draws or flags.nll)),
+    }
+    print_idle(flags.typed, table)
     start, ev = time.perf_counter(), Evaluation(flags, world)
     for name, value in ev.report["protocol"].items():
         say(name, value)

@@ -14,25 +14,25 @@ import os
 import shlex
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-import config
 from src import noise
 from src.dataset import DATASETS, Batch, DeviceImages, Images, ValidationBatches
 from src.diffusion import GaussianDiffusion
 from src.ema import EMA
-from src.runtime.build import build_batches, build_diffusion, build_model, build_optimizer, build_validation, open_images
-from src.runtime.checkpoint import (
-    TO_DRAW,
-    Checkpoints,
-    Progress,
-    find_latest,
-    load_checkpoint,
+from src.runtime.build import (
+    build_batches,
+    build_diffusion,
+    build_model,
+    build_optimizer,
+    build_validation,
+    network_of,
+    open_images,
+    start_from,
 )
+from src.runtime.checkpoint import Checkpoints, Progress, find_latest
 from src.runtime.device import (
     InPrecision,
     compiled,
@@ -47,9 +47,14 @@ from src.runtime.distributed import World
 from src.runtime.folders import FolderLock, claim
 from src.runtime.monitor import Meter, Monitor, print_plan, print_summary
 from src.runtime.resume import check_data, check_length, check_resume
-from src.runtime.settings import Run, Settings, as_flags, differences, resolve
+from src.runtime.settings import Run, Settings, resolve
 from src.runtime.signals import StopRequest, run_script
 from src.utils import UserError, class_columns, make_folder, save_png, sheet, to_uint8, writing
+
+try:
+    import config
+except Exception as error:  # of any kind: it is the user's file
+    sys.exit(f"train.py: config.py cannot be read: {error}. Undo the last change there.")
 
 LR_FLOOR = 0.01  # of LEARNING_RATE: what a decaying schedule ends at
 
@@ -140,11 +145,9 @@ def open_data(run: Run, world: World) -> tuple[dict | None, dict[str, Images]]:
         saved = find_latest(folder)
         if saved:
             check_resume(saved["config"], s, run.accept_changes)
-        elif run.init_from:
-            load_checkpoint(Path(run.init_from), TO_DRAW, mmap=True)  # refused here, before data are fetched
         for name in ("OUTPUT_PATH", "LOG_PATH"):
             make_folder(s.folder(name), f"--{name.lower()}")
-            claim(s.folder(name), folder, saved is not None)
+            claim(s.folder(name), folder, saved["config"].folder("CHECKPOINT_PATH") if saved else None)
         data = {split: open_images(s, split) for split in ("train", "val")}
     world.check_same(saved["step"] if saved else 0, "the step to go on from")
     world.check_same(len(data["train"]), "the number of training images")
@@ -157,25 +160,6 @@ def open_data(run: Run, world: World) -> tuple[dict | None, dict[str, Images]]:
     if saved:
         check_data(saved, s, data, run.accept_changes)
     return saved, data
-
-
-def start_from(path: str, s: Settings, model: nn.Module) -> None:
-    """Take the averaged weights of a checkpoint where names and shapes agree, and say which. Raises UserError if few do."""
-    state, own = load_checkpoint(Path(path), TO_DRAW), model.state_dict()
-    taken = {name: weight for name, weight in state["ema"].items() if name in own and own[name].shape == weight.shape}
-    changed = {name: old for name, old, _ in differences(asdict(state["config"]), asdict(s))}
-    if 2 * len(taken) < len(own):
-        shape = {name: old for name, old in changed.items() if name in ("UNET_DIM", "DIM_MULTS", "NUM_RES_BLOCKS")}
-        raise UserError(
-            f"--init_from: {len(taken)} of this network's {len(own)} tensors have their shape in {path}, at least half are "
-            f"needed. Give its own settings: {as_flags(shape)}."
-        )
-    model.load_state_dict(own | taken)
-    anew = [name for name in own if name not in taken]
-    more = f" and {len(anew) - 5} more" if len(anew) > 5 else ""
-    print(f"weights    {len(taken)} of {len(own)} tensors from {path}; anew: {', '.join(anew[:5]) or 'none'}{more}")
-    for name in [name for name in ("PREDICTION", "BETA_SCHEDULE", "TIME_STEPS") if name in changed]:
-        print(f"Warning: {path} was trained with {as_flags({name: changed[name]})}, so its weights have to learn another task.")
 
 
 def stop_if_not_finite(s: Settings, meter: Meter, scaler: torch.amp.GradScaler, lr: float) -> None:
@@ -274,7 +258,7 @@ def main() -> int:
 
     def body(stop: StopRequest) -> None:
         nonlocal run
-        run = resolve(config, [*shlex.split(os.environ.get("DDPM_FLAGS", "")), *sys.argv[1:]], DATASETS)
+        run = resolve(config, [*shlex.split(os.environ.get("DDPM_FLAGS", "")), *sys.argv[1:]], DATASETS, network_of)
         with World.join() as world, contextlib.ExitStack() as held:
             if world.is_main:
                 held.enter_context(FolderLock(run.settings.folder("CHECKPOINT_PATH"), "--checkpoint_path"))

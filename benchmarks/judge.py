@@ -176,7 +176,9 @@ def spread_within(features: Tensor, labels: Tensor) -> float:
 
 def draw(args: Args) -> tuple[Pipeline, Images]:
     """--count pictures of the checkpoint, their labels being those that they were drawn as."""
-    how = dict(classes="all", sampler="dpm++", spacing="logsnr", eta=0.0, weights="ema", precision="fp32", compile="false")
+    how = dict(
+        classes="all", sampler="dpm++", spacing="logsnr", eta=0.0, weights="ema", precision="fp32", compile="false", typed=()
+    )
     pipeline = Pipeline(SimpleNamespace(**how, **vars(args)))  # type: ignore[arg-type]  # Namespace or like it
     if args.npz:
         with np.load(args.npz) as kept:

@@ -15,10 +15,11 @@ from PIL import Image
 
 import config
 import export
-from src.runtime.build import build_diffusion, build_model
+from src.runtime.build import NETWORK, build_diffusion, build_model
 from src.runtime.checkpoint import VERSION
 from src.runtime.settings import Settings, as_flags, resolve
 from src.utils import UserError
+from tests.runs import TINY
 
 diffusers = pytest.importorskip("diffusers")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -270,6 +271,17 @@ def test_with_another_number_of_classes_only_their_embedding_starts_anew(run, tr
     out = run.train(init_from=start, CLASS_CONDITIONAL=True, DATA_PATH=two, CACHE_PATH=run.folder / "cache", max_steps=1).out
     assert f"tensors from {start}; anew: class_embedding.weight\n" in out
     assert len(run.state()["model"]["class_embedding.weight"]) == 3
+
+
+def test_a_new_run_takes_the_shape_of_the_network_from_its_start_and_later_goes_on_without_it(run, trained):
+    start = Path(shutil.copy(trained.folder / "checkpoints/best.pth", run.folder / "start.pth"))
+    command = dict(init_from="start.pth", WARMUP_STEPS=0, RUN="fine") | dict.fromkeys(NETWORK & TINY.keys())  # None: not typed
+    assert "(network of start.pth)" in run.train(**command, max_steps=2).out
+    start.unlink()
+    out = run.train(**command, max_steps=3).out
+    assert "going on after step 2" in out and "\nnote: --init_from has no effect on a run that has a checkpoint" in out
+    own = torch.load(run.folder / "checkpoints/fine/latest.pth", weights_only=True)["config"]
+    assert all(own[name] == TINY[name] for name in NETWORK & TINY.keys())
 
 
 def test_weights_that_learned_another_task_are_pointed_out(run, trained):

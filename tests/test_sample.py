@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -288,6 +289,23 @@ def test_the_labels_of_a_walk_are_those_of_its_nearer_ends(run, sample):
         sample("--interpolate", points, "--interp_steps", interp_steps, "--npz", classes=True, to=points)
         with np.load(run.folder / points / "samples.npz") as file:
             assert file["arr_1"].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "notes"),
+    [
+        ("--interp_steps 4", ["interp_steps has no effect without --interpolate"]),
+        ("--interpolate --start_index 2", ["num_samples has no effect with --interpolate"]),
+        ("--interpolate 1:2,3:4 --start_index 2 --seed 1", ["num_samples", "start_index", "seed has no effect where --interp"]),
+        ("--interpolate 1:2,3 --seed 1", ["num_samples"]),
+        ("--spacing even --steps 50", ["spacing has no effect where all 50 steps are taken"]),
+        ("--run mine --spacing even", ["run has no effect with --checkpoint and --output_dir"]),
+        ("--eta 0 --guidance 1 --classes all --compile false --gif false", []),
+    ],
+)
+def test_what_is_typed_is_used_or_said_not_to_be(sample, flags, notes):
+    said = re.findall("(?m)^note: --(.*)$", sample(*flags.split()).out)
+    assert len(said) == len(notes) and all(line.startswith(note) for line, note in zip(said, notes))
 
 
 # --- refusals -----------------------------------------------------------------------------------------

@@ -46,7 +46,8 @@ def start(script: str, argv: list[str], cwd: str, stdout: str, stderr: str, setu
         runpy.run_path(str(ROOT / script), run_name="__main__")
         code = 0
     except SystemExit as end:
-        code = end.code or 0
+        code = 1 if isinstance(end.code, str) else end.code or 0
+        print(end.code if isinstance(end.code, str) else "", end="", file=sys.stderr)
     except BaseException:
         traceback.print_exc()
     for stream in (sys.stdout, sys.stderr):

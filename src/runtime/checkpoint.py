@@ -90,7 +90,8 @@ class Checkpoints:
     def write(self, name: str) -> None:
         states = {part: thing.state_dict() for part, thing in self.parts.items()}
         path, needed = self.folder / f"{name}.pth", 4 * sum(t.nbytes for t in states["model"].values())  # Adam's moments, EMA
-        note = f"A checkpoint takes about {needed / 1e6:,.0f} MB. Those saved before are whole, and the same command goes on."
+        note = f"A checkpoint takes about {needed / 1e6:,.0f} MB. Those saved before are whole, and the same command goes on; "
+        note += "for another place move them there first."
         if name == "latest":
             keep_previous(path)
         with writing(path, "--checkpoint_path", note):
@@ -182,7 +183,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         difference = " ".join(str(error).split("\n")[1].split())[:200].rstrip(".")
         raise CheckpointError(
             f"The checkpoint does not fit the network of src/model.py ({difference}). Undo what was changed there since, "
-            f"or start anew under another name: --run NAME."
+            f"use another one, or train anew under another name: --run NAME."
         ) from None
 
 

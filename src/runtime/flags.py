@@ -10,25 +10,41 @@ import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 from src.utils import FlagError
 
 Kind = dict[str, Any]
 
-# What our flags are called in other repositories. A hint names the first of ours that the script has.
+# What our flags are called in other repositories, also as the last words, two or more, of a name there: train_batch_size.
+# A hint names the first of ours that the script has.
 ELSEWHERE = dict(
-    learning_rate="lr base_lr", batch_size="b bs batch", epochs="epoch n_epochs num_epochs", ema_decay="ema ema_rate",
-    grad_accum_steps="accumulation_steps gradient_accumulation_steps", grad_clip="clip max_grad_norm", prediction="objective",
-    steps="num_steps n_steps ddim_steps sampling_steps num_inference_steps", max_steps="steps num_steps iters train_steps",
-    time_steps="t timesteps num_timesteps diffusion_steps", beta_schedule="schedule noise_schedule", unet_dim="dim",
-    dim_mults="ch_mult channel_mult", image_size="size img_size res resolution", class_conditional="cond class_cond",
-    device="gpu gpus gpu_id gpu_ids device_id cuda", precision="amp fp16 bf16 mixed_precision", num_workers="j workers",
-    data_path="data data_dir dataset_path root", output_dir="o out outdir output output_path save_dir",
-    output_path="o out outdir output output_dir save_dir", checkpoint="ckpt model checkpoint_path resume resume_from",
-    checkpoint_path="ckpt checkpoint checkpoint_dir resume resume_from", save_every="save_interval save_freq",
-    log_every="log_interval log_freq", sample_every="sample_interval", num_samples="n n_samples num_images",
-    guidance="w cfg cfg_scale guidance_scale", classes="y labels class_labels",
+    learning_rate="lr base_lr train_lr", batch_size="b bs batch", epochs="epoch n_epochs num_epochs", seed="seeds global_seed",
+    run="name exp_name run_name", ema_decay="ema use_ema ema_rate ema_max_decay",
+    grad_accum_steps="accumulation_steps grad_accum num_accum gradient_accumulate_every", grad_clip="clip max_grad_norm",
+    prediction="objective prediction_type mean_type predict_xstart",
+    init_from="transfer pretrained pretrained_model finetune fine_tune",
+    steps="num_steps n_steps timesteps ddim_steps sampling_steps num_inference_steps subseq_size",
+    time_steps="t timesteps num_timesteps diffusion_steps ddpm_num_steps",
+    max_steps="steps iters max_iters total_steps end_step", warmup_steps="warmup warmup_iters",
+    lr_schedule="lr_scheduler decay_lr lr_anneal_steps", dim_mults="ch_mult channel_mult",
+    beta_schedule="schedule noise_schedule", unet_dim="dim ch num_channels", image_size="size img_size res resolution",
+    class_conditional="cond class_cond", label_dropout="p_uncond cond_drop_prob", horizontal_flip="xflip random_flip",
+    activation_checkpointing="use_checkpoint checkpointing gradient_checkpointing", num_workers="j workers max_workers",
+    device="gpu gpus gpu_id gpu_ids device_id cuda num_gpus",
+    precision="amp fp16 bf16 use_fp16 dtype mixed_precision mixed_precision_type",
+    data_path="data data_dir dataset_path root folder", cache_path="cache_dir",
+    log_path="logdir log_dir logging_dir tensorboard",
+    output_dir="o out out_dir outdir output output_path save_dir sample_dir dest",
+    output_path="o out out_dir outdir output output_dir save_dir results_dir results_folder",
+    checkpoint="ckpt model model_path weights_path chkpt_path network checkpoint_path resume resume_from",
+    checkpoint_path="ckpt ckpt_dir chkpt_dir chkpt_path checkpoint checkpoint_dir",
+    save_every="ckpt_every save_interval save_freq save_step checkpointing_steps save_model_epochs",
+    log_every="log_interval log_freq", sample_every="sample_interval sample_step demo_every save_images_epochs",
+    val_every="eval_interval eval_step evaluate_every", num_samples="n num n_samples num_images sample_size total_size",
+    sampler="solver method ddim use_ddim", guidance="w cfg cfg_scale guidance_scale",
+    classes="y class cls label labels class_labels", samples="images sample_folder", reference="ref",
 )  # fmt: skip
 
 
@@ -69,7 +85,14 @@ def wholes(fewest: int, most: int, high: int) -> Kind:
 
 def choice(*words: Any, **options: Any) -> Kind:
     """One of the words, in upper or lower case; of other values with a type for them."""
-    return {"type": lambda value: str(value).lower(), "choices": words, "metavar": "WORD"} | options
+
+    def read(value: Any) -> str:
+        if "cuda" in words and (number := re.fullmatch(r"(?:cuda|gpu)?:?(\d+(?:,\d+)*)", str(value).lower())):
+            way = f"to choose a GPU, type CUDA_VISIBLE_DEVICES={number[1]} before python, and --device cuda"
+            raise argparse.ArgumentTypeError(f"got {value!r}; {way}")
+        return str(value).lower()
+
+    return {"type": read, "choices": words, "metavar": "WORD"} | options
 
 
 def text(expected: str, pattern: str, metavar: str) -> Kind:
@@ -77,11 +100,14 @@ def text(expected: str, pattern: str, metavar: str) -> Kind:
 
 
 def read_path(value: Any) -> str:
-    """The path, with the home folder for ~ and values for $NAME."""
-    for part in re.findall(r"^~[^/]*|\$\w+|\$\{\w+\}", str(value)):
+    """The path, with the home folder for ~ and values for $NAME, but for the part of it that exists as typed."""
+    path = os.fspath(value)
+    there = next((str(p) for p in [Path(path), *Path(path).parents] if "$" in str(p) and os.path.lexists(p)), "")
+    rest = path.removeprefix(there)
+    for part in re.findall(r"^~[^/]*|\$\w+|\$\{\w+\}", rest):
         if os.path.expanduser(os.path.expandvars(part)) in (part, ""):
-            raise argparse.ArgumentTypeError(f"got {str(value)!r}, but {part} is not set")
-    return os.path.expanduser(os.path.expandvars(value))
+            raise argparse.ArgumentTypeError(f"got {path!r}, but {part} is not set")
+    return there + os.path.expanduser(os.path.expandvars(rest))
 
 
 PATH = kind("a path", read_path, lambda path: bool(path.strip()), metavar="PATH")
@@ -111,7 +137,7 @@ class FlagParser(argparse.ArgumentParser):
         self.add_argument("--help", action="help", help="show this text and exit")
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """The flags. Of two alike the last counts. Raises FlagError."""
+        """The flags, and as `typed` the names of those that were typed. Of two alike the last counts. Raises FlagError."""
         words = ["--help" if word == "-h" else word for word in argv]  # as a flag, -h would catch -horizontal_flip
         for i in range(len(words) - 1, 0, -1):  # argparse would take -1e-4 for a flag
             if re.match(r"(?i)-(\.?\d|inf|nan)", words[i]) and re.fullmatch(r"--\w+", words[i - 1]):
@@ -119,10 +145,15 @@ class FlagParser(argparse.ArgumentParser):
         flags, strangers = self.parse_known_args(words)
         for word in (stranger.partition("=")[0] for stranger in strangers):
             found = f"{word}: no such flag" if word.startswith("-") else f"{word!r}: a word that belongs to no flag"
-            name, known = word.lower().lstrip("-").replace("-", "_"), self._option_string_actions
-            meant = [f"--{ours}" for ours, theirs in ELSEWHERE.items() if name in theirs.split()]
-            hint = did_you_mean(next((flag for flag in meant if flag in known), "" if meant else f"--{name}"), known)
+            name, known = word.lower().lstrip("-").replace("-", "_"), [flag[2:] for flag in self._option_string_actions]
+            if "epochs" in known and re.match("(auto_)?(resume|continue|restart)", name):
+                raise FlagError(f"{found}: a run goes on by itself. Type the command that started it, without {word}.")
+            parts = name.split("_")
+            ends = [name, *("_".join(parts[k:]) for k in range(1, len(parts) - 1))]  # one last word may mean anything
+            meant = (ours for end in ends for ours in known if end in (ours, *ELSEWHERE.get(ours, "").split()))
+            hint = next((f"; did you mean --{ours}?" for ours in meant), did_you_mean(name, known, "--"))
             raise FlagError(f"{found}{hint} 'python {self.prog} --help' lists them.")
+        flags.typed = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
         return flags
 
     def error(self, message: str) -> NoReturn:
@@ -135,7 +166,15 @@ class FlagParser(argparse.ArgumentParser):
         raise FlagError(f"{flag}: {problem}.")
 
 
-def did_you_mean(word: str, names: Collection[str]) -> str:
-    """The end of a sentence on a word that is none of the names."""
-    match = difflib.get_close_matches(word, names, 1)
-    return f"; did you mean {match[0]}?" if match else "."
+def print_idle(typed: Collection[str], table: Mapping[str, tuple[str, Any]]) -> None:
+    """What is typed is used, or said not to be. table: {when: (names of flags that have no effect then, whether it is so)}."""
+    for when, (names, is_so) in table.items():
+        for name in names.split():
+            if is_so and name in typed:
+                print(f"note: --{name} has no effect {when}", flush=True)
+
+
+def did_you_mean(word: str, names: Collection[str], mark: str = "") -> str:
+    """The end of a sentence on a word that is none of the names, but may be one mistyped. mark: goes before the name."""
+    match = difflib.get_close_matches(word, names, 1, cutoff=0.8)
+    return f"; did you mean {mark}{match[0]}?" if match else "."

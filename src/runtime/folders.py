@@ -80,21 +80,42 @@ def remove_parts(folder: Path) -> None:
                 path.unlink()
 
 
-def claim(folder: Path, checkpoints: Path, is_resumed: bool) -> None:
+def claim(folder: Path, checkpoints: Path, saved_in: Path | None) -> None:
     """Note in `folder` which run writes there, by the way from it to the run's checkpoints. Raises UserError if it is another
-    run's: a run never hides or overwrites what another one wrote. Folders without a note go to a run that is resumed."""
+    run's: a run never hides or overwrites what another one wrote. A run that was moved, renamed or copied takes its folders
+    along, and those of a run that is gone are free. saved_in: where the checkpoint to go on from was written, or None.
+    Folders without a note go to a run that is resumed."""
     file, ours = folder / ".run", os.path.relpath(checkpoints, folder)
     with reading(file):
         owner = file.read_text(encoding="utf-8", errors="surrogateescape") if file.exists() else ours
-        is_foreign = not file.exists() and not is_resumed and any([*folder.glob("samples/*"), *folder.glob("events.out.*")])
-    if owner != ours or is_foreign:
-        whose = f"the run in {os.path.normpath(folder / owner)}" if owner != ours else "another run"
+        is_foreign = not file.exists() and not saved_in and any([*folder.glob("samples/*"), *folder.glob("events.out.*")])
+    theirs = Path(os.path.normpath(folder / owner))
+    if owner != ours:
+        is_foreign = theirs.resolve() not in [place.resolve() for place in (checkpoints, saved_in) if place] and is_kept(theirs)
+        if not is_foreign:
+            print(f"note: {folder} had previews or curves of the run in {theirs}; from now on it belongs to this run")
+    if is_foreign:
+        whose, way = "another run", ""
+        if owner != ours:
+            whose, way = f"the run in {theirs}", f" To go on with that run, first move its files *.pth to {checkpoints}."
         raise UserError(
             f"{folder} holds previews or curves of {whose}. Give this run a name: --run NAME keeps its checkpoints, outputs "
-            f"and logs apart."
+            f"and logs apart.{way}"
         )
     with atomic_file(file) as part:
         part.write(ours.encode("utf-8", "surrogateescape"))
+
+
+def is_kept(checkpoints: Path) -> bool:
+    """Whether there are checkpoints in the folder of a run, or a process that holds it and may yet save some."""
+    try:
+        with open(checkpoints / ".lock", "r+", encoding="utf-8") as file:
+            take(file)
+    except (BlockingIOError, PermissionError):
+        return True
+    except OSError:  # no such file, or a file system without locks
+        pass
+    return any(checkpoints.glob("*.pth"))
 
 
 def take(file: IO[str]) -> None:

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import summary
 from tqdm import tqdm
 
-from src.dataset import TrainBatches, ValidationBatches
+from src.dataset import OBTAIN, TrainBatches, ValidationBatches
 from src.model import parameter_count
 from src.runtime.device import peak_memory
 from src.runtime.distributed import World
+from src.runtime.flags import print_idle
 from src.runtime.settings import Run, Settings, as_text, changed_from_defaults
 from src.utils import count, make_folders, printable, writing
 
@@ -209,13 +210,13 @@ def print_plan(
     """What will happen, before it does."""
     s, (last_step, limit) = run.settings, run.limit(batches.steps_per_epoch)
     changed = [f"{name} {as_text(new)}" for name, _, new in changed_from_defaults(s, config)]
-    preset = f" (preset {run.preset})" if run.preset else ""
+    origin = [f"preset {run.preset}"] * bool(run.preset) + [f"network of {run.init_from}"] * bool(run.init_from)
     done = f"going on after step {step:,}" if step else "starting anew"
     together = f"; {world.size} processes of {batches.local_batch_size} images each" if world.size > 1 else ""
     per_epoch = f"{batches.steps_per_epoch:,} an epoch, {count(batches.images_per_step, 'image')} each"
     size = f"{s.IMAGE_SIZE}x{s.IMAGE_SIZE}"
     for title, text in {
-        "settings": (", ".join(changed) or "all defaults") + preset,
+        "settings": (", ".join(changed) or "all defaults") + (f" ({', '.join(origin)})" if origin else ""),
         "device": f"{device}, {as_text(dtype).removeprefix('torch.')}{together}",
         "network": f"{parameter_count(model):,} parameters",
         "images": f"{len(batches.images):,} for training, {len(val_batches.rows):,} for validation, {size}",
@@ -227,6 +228,7 @@ def print_plan(
     }.items():
         if text:
             print(f"{title:<9} {text}", flush=True)
+    print_idle({"init_from", *map(str.lower, run.typed)}, idle_flags(run, step))
     for warning in warnings_of(s, last_step, batches.steps_per_epoch, starts_from_noise=not run.init_from):
         print(f"Warning: {warning}", flush=True)
 
@@ -239,6 +241,18 @@ def class_line(s: Settings, classes: list[str]) -> str:
         return f"{chosen}. The network is told which"
     advice = "The network is not told which; to draw by class, train with --class_conditional true --run NAME"
     return f"{chosen}. {advice}" if len(classes) > 1 or s.CLASSES else ""
+
+
+def idle_flags(run: Run, step: int) -> dict[str, tuple[str, bool]]:
+    """When flags have no effect, as print_idle takes it. step: of the checkpoint that the run goes on from, or 0."""
+    s = run.settings
+    return {
+        "on a run that has a checkpoint; --run NAME starts another": ("init_from", run.init_from is not None and step > 0),
+        "without --class_conditional": ("label_dropout preview_guidance", not s.CLASS_CONDITIONAL),
+        f"above TIME_STEPS {s.TIME_STEPS}": ("preview_steps", s.PREVIEW_STEPS > s.TIME_STEPS),
+        "on --dataset shapes": ("data_path", s.DATASET == "shapes"),
+        f"on --dataset {s.DATASET}, which is not downloaded": ("data_url data_size data_md5", s.DATASET not in OBTAIN),
+    }
 
 
 def warnings_of(s: Settings, last_step: int, steps_per_epoch: int, starts_from_noise: bool = True) -> list[str]:
@@ -266,7 +280,8 @@ def print_summary(s: Settings, step: int, last_step: int) -> None:
     """Where the run stands, and the next command to type."""
     latest, best = (s.folder("CHECKPOINT_PATH") / name for name in ("latest.pth", "best.pth"))
     if step < last_step:
-        print(f"Stopped after step {step:,} of {last_step:,}; {latest} is saved. The same command goes on from there.")
+        kept = f"{latest} is saved" if latest.exists() else "there is nothing to save yet"
+        print(f"Stopped after step {step:,} of {last_step:,}; {kept}. The same command goes on from there.")
         return
     is_default = s.RUN and Path(s.CHECKPOINT_PATH) == Path("checkpoints")
     which = f"--run {s.RUN}" if is_default else f"--checkpoint {shlex.quote(str(best))}"

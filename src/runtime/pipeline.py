@@ -18,7 +18,7 @@ from src.runtime.build import build_diffusion, build_model
 from src.runtime.checkpoint import TO_DRAW, load_checkpoint, load_weights
 from src.runtime.device import InPrecision, compiled, pick_device, pick_precision, place, should_compile, synchronize
 from src.runtime.distributed import World
-from src.runtime.flags import Kind, choice, number, whole
+from src.runtime.flags import Kind, choice, number, print_idle, whole
 from src.runtime.settings import KINDS
 from src.samplers import SAMPLERS, SPACINGS, Noise
 from src.utils import FlagError, to_uint8
@@ -69,6 +69,17 @@ class Pipeline:
                 f"--steps: got {flags.steps}; this checkpoint was trained with TIME_STEPS {most}, allowed are 1 to {most}."
             )
         self.steps = flags.steps or min(most, DEFAULT_STEPS.get(flags.sampler, most))
+        walk = getattr(flags, "interpolate", None)  # sample.py has it
+        points = [] if walk in (None, "next") else walk
+        table = {
+            "without --interpolate": ("interp_steps", not walk),
+            "with --interpolate": ("num_samples", walk),
+            "where --interpolate names its pictures": ("start_index", points),
+            "where --interpolate names the seeds": ("seed", points and all(seed is not None for seed, _ in points)),
+            f"where all {most:,} steps are taken": ("spacing", self.steps == most),
+            "with --checkpoint and --output_dir": ("run", {"checkpoint", "output_dir"} <= {*flags.typed}),
+        }
+        print_idle(flags.typed, table)
         if not s.CLASS_CONDITIONAL and (flags.classes != "all" or flags.guidance != 1):
             raise FlagError("--classes, --guidance: this checkpoint knows no classes; train with --class_conditional true.")
         if s.CLASS_CONDITIONAL and not s.LABEL_DROPOUT and flags.guidance != 1:

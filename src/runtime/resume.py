@@ -34,7 +34,7 @@ def check_resume(saved: Settings, settings: Settings, accept_changes: bool) -> N
     if all(name in TUNABLE for name, _, _ in refused):
         way_out += "; to go on with the new ones, add --accept_changes"
     raise CheckpointError(
-        f"{settings.folder('CHECKPOINT_PATH') / 'latest.pth'} was trained with other settings ({listed}). "
+        f"The checkpoint in {settings.folder('CHECKPOINT_PATH')} was trained with other settings ({listed}). "
         f"Either {way_out}; or start anew under another name: --run NAME."
     )
 
@@ -68,8 +68,8 @@ def check_data(saved: Mapping[str, Any], settings: Settings, data: Mapping[str, 
             way_back = f"give its own classes, {as_flags({'CLASSES': own})}"
         way_on = "" if is_fixed else "to go on with the new ones, add --accept_changes; "
         raise CheckpointError(
-            f"{settings.folder('CHECKPOINT_PATH') / 'latest.pth'} was trained on other images ({changed}). Either {way_back}; "
-            f"{way_on}or start anew under another name: --run NAME."
+            f"The checkpoint in {settings.folder('CHECKPOINT_PATH')} was trained on other images ({changed}). Either "
+            f"{way_back}; {way_on}or start anew under another name: --run NAME."
         )
     if changed:
         print(f"note: going on with other images ({changed}); epochs, also those done, count passes over the new ones")

@@ -84,6 +84,7 @@ class Settings:
 
 
 KINDS = {setting.name: dict(setting.metadata) for setting in fields(Settings)}
+Names = Collection[str] | None
 IN_TABLE = "config.py: {}[{!r}] sets "
 
 
@@ -106,21 +107,25 @@ class Run(NamedTuple):
         return self.max_steps, f"--max_steps {self.max_steps}"
 
 
-def resolve(config: ModuleType, argv: Sequence[str], dataset_names: Collection[str] | None = None) -> Run:
-    """Settle every setting: a flag beats a preset, a preset beats the dataset's row of SOURCES, and that beats the constant.
-    `--help` prints and exits.
+def resolve(config: ModuleType, argv: Sequence[str], dataset_names: Names = None, network_of: Any = None) -> Run:
+    """Settle every setting: a flag beats a preset, a preset the network of --init_from, that the dataset's row of SOURCES, and
+    that the constant. `--help` prints and exits.
 
     argv: the words behind `train.py`.   dataset_names: what DATASET may be; None leaves that unchecked.
+    network_of: (folder of the run, checkpoint of --init_from) -> the settings that shape the network; None: no such settings.
     """
     constants, presets, sources = read_config(config)
     flags = vars(train_flags(config, constants, presets, sources).parse(argv))  # only what was typed
+    del flags["typed"]
     of_run = {name: flags.pop(name) for name in Run._fields if name in flags}
     typed = {name.upper(): value for name, value in flags.items()}
     changes = presets[of_run["preset"]] if "preset" in of_run else {}
-    dataset = (constants | changes | typed)["DATASET"]
-    own = sources.get(dataset, {})
-    settings = Settings(**constants | own | changes | typed)
+    chosen, origin = constants | changes | typed, of_run.get("init_from")
+    dataset, own = chosen["DATASET"], sources.get(chosen["DATASET"], {})
+    network = network_of(Path(chosen["CHECKPOINT_PATH"], chosen["RUN"]), origin) if network_of and origin else {}
+    settings = Settings(**constants | own | network | changes | typed)
     places = dict.fromkeys(constants, "config.py: ") | dict.fromkeys(own, IN_TABLE.format("SOURCES", dataset))
+    places |= dict.fromkeys(network, f"{origin} has ")
     places |= dict.fromkeys(changes, IN_TABLE.format("PRESETS", of_run.get("preset")))
     check_combinations(settings, {name: place for name, place in places.items() if name not in typed}, dataset_names)
     return Run(settings, frozenset(typed), **of_run)
@@ -146,7 +151,8 @@ def train_flags(config: ModuleType, constants: Mapping[str, Any], presets: Mappi
     run.add_argument("--max_steps", **whole(1), help="optimizer steps in all, also past EPOCHS (default: EPOCHS alone)")
     changes = "resume although settings of the training differ from the checkpoint's (default: false)"
     run.add_argument("--accept_changes", **TRUTH, help=changes)
-    run.add_argument("--init_from", **PATH, help="start a new run from the weights of this checkpoint, as far as they fit")
+    comment = "start a new run from the weights of this checkpoint, as far as they fit; it brings the shape of the network"
+    run.add_argument("--init_from", **PATH, help=comment)
     comments = read_comments(config)
     groups = {section: parser.add_argument_group(section) for section in dict.fromkeys(c[0] for c in comments.values())}
     for name, kind in KINDS.items():
@@ -181,6 +187,8 @@ def checked(values: Mapping[str, Any], place: str) -> dict[str, Any]:
             hint = did_you_mean(name, [*KINDS, "PRESETS", "SOURCES"])
             raise UserError(f"{place}{name}: no such setting{hint} Write names of your own in lower case.")
         try:
+            if isinstance(value, str) and re.search(r"[\a\b\f\n\r\t\v]", value):  # "D:\new"
+                raise argparse.ArgumentTypeError(f"got {value!r}, which has a control character; write \\ as / or as \\\\")
             found[name] = KINDS[name]["type"](value)
             if found[name] not in KINDS[name].get("choices", [found[name]]):
                 raise ValueError
@@ -209,7 +217,7 @@ def read_comments(config: ModuleType) -> dict[str, tuple[str, str]]:
     return comments
 
 
-def check_combinations(s: Settings, places: Mapping[str, str], dataset_names: Collection[str] | None = None) -> None:
+def check_combinations(s: Settings, places: Mapping[str, str], dataset_names: Names = None) -> None:
     """Refuse settings that are allowed one by one, but not together. places: where those stand that are no flags."""
 
     def refuse(names: str, allowed: str) -> NoReturn:
@@ -231,7 +239,9 @@ def check_combinations(s: Settings, places: Mapping[str, str], dataset_names: Co
     factor = 2 ** (len(s.DIM_MULTS) - 1)  # each level but the last halves the image, and the last needs 2x2 pixels
     sizes = range(max(8, 2 * factor), 1025, factor)
     if s.IMAGE_SIZE not in sizes:
-        allowed = f"multiples of {factor} from {sizes.start} on, for example {nearest(s.IMAGE_SIZE, sizes)}"
+        fits = max(n for n in range(1, len(s.DIM_MULTS)) if s.IMAGE_SIZE % 2 ** (n - 1) == 0 and s.IMAGE_SIZE >> n)
+        allowed = f"multiples of {factor} from {sizes.start} on, for example {nearest(s.IMAGE_SIZE, sizes)}, or as it is with "
+        allowed += as_flags({"DIM_MULTS": s.DIM_MULTS[:fits]})
         refuse("IMAGE_SIZE DIM_MULTS", allowed)
     levels = [s.IMAGE_SIZE >> level for level in range(len(s.DIM_MULTS))]
     # Only flags: a constant or a preset may name the levels of several image sizes.

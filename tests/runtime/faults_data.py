@@ -44,6 +44,20 @@ def constant_misspelt(run):
     return with_config(run, lambda text: re.sub(r"(?m)^BATCH_SIZE = ", "BATCH_SIZ = ", text))
 
 
+@fault("config.py is no Python, or raises an error")
+def no_python(run):
+    process = with_config(run, lambda text: text.replace("EPOCHS = 100", "EPOCHS = many"))
+    assert "cannot be read: name 'many' is not defined." in process.err
+    process = with_config(run, lambda text: text.replace("EPOCHS = 100", "EPOCHS = = 100"))
+    assert "(config.py, line " in process.err
+    return process
+
+
+@fault("A path in config.py has a single backslash")
+def backslash(run):
+    return with_config(run, lambda text: re.sub('(?m)^DATA_PATH = "[^"]*"', r'DATA_PATH = "D:\\new"', text))
+
+
 @fault("config.py has a value that cannot be")
 def bad_constant(run):
     return with_config(run, lambda text: re.sub(r"(?m)^BATCH_SIZE = \d+", "BATCH_SIZE = 'many'", text))

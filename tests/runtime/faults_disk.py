@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from tests.runs import Process, Runner, differences
+from tests.runs import Process, Runner, differences, ended
 from tests.runtime.faults import fault, kept, saved_run
 
 # --- disk ---------------------------------------------------------------------------------------------
@@ -23,6 +23,9 @@ def full_disk(run):
     limit = len(before["checkpoints/latest.pth"]) * 2 // 3
     process = run.start_train(f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))").wait()
     assert run.files("*.pth").items() >= before.items() and not run.files(".*part-*")
+    (run.folder / "checkpoints").rename(run.folder / "larger")  # as it advises
+    moved = run.start("train.py", *run.flags(CHECKPOINT_PATH="larger", max_steps=11), name="_moved")
+    assert "going on after step 10" in ended(moved, 0).out
     return process
 
 
@@ -246,6 +249,22 @@ def folders_of_another_run(run):
     process = run.start_train(CHECKPOINT_PATH="checkpoints/other").wait()
     after = run.files("*")
     assert all(after[name] == data for name, data in before.items() if "std" not in name)
+    return process
+
+
+@fault("A run was moved, renamed or copied")
+def moved(run):
+    run.train(RUN="a", max_steps=10)
+    for folder in ("checkpoints", "outputs", "logs/tensorboard"):
+        (run.folder / folder / "a").rename(run.folder / folder / "b")
+    assert "going on after step 10" in run.train(RUN="b", max_steps=13).out
+    shutil.copytree(run.folder / "checkpoints" / "b", run.folder / "disk" / "b")
+    process = run.start_train(RUN="b", CHECKPOINT_PATH="disk", max_steps=16).wait()
+    assert "going on after step 13" in process.out
+    assert "holds previews or curves" in run.train(RUN="b", code=1).err, "the copy has them now"
+    run.train(RUN="free", max_steps=1)
+    shutil.rmtree(run.folder / "checkpoints" / "free")
+    assert "starting anew" in run.train(RUN="free", CHECKPOINT_PATH="disk", max_steps=1).out
     return process
 
 

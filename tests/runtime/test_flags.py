@@ -113,6 +113,16 @@ def test_every_path_is_expanded_or_refused(monkeypatch, script, flag, _):
     assert refusal(PARSERS[script], flag, "") == f"{flag}: got '', expected a path."
 
 
+def test_a_path_that_exists_as_typed_is_that_path(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PLACE", "elsewhere")
+    (tmp_path / "$5 and $PLACE").mkdir()
+    for path, read in {"$5 and $PLACE": "$5 and $PLACE", "$5 and $PLACE/new/$PLACE": "$5 and $PLACE/new/elsewhere"}.items():
+        assert PARSERS["train.py"].parse(["--data_path", path]).data_path == read
+        assert PARSERS["train.py"].parse(["--data_path", str(tmp_path / path)]).data_path == str(tmp_path / read)
+    assert "but $5 is not set" in refusal(PARSERS["train.py"], "--data_path", "$5 and more")
+
+
 def test_every_flag_whose_name_says_that_it_is_a_path_is_one():
     named = re.compile(r"--(.*_(path|dir)|checkpoint|samples|reference|features|init_from)")
     flags = {(script, flag) for script, parser in PARSERS.items() for flag in parser._option_string_actions}
@@ -130,33 +140,39 @@ def test_fp16_is_refused_on_a_device_that_turns_out_to_be_a_cpu():
 
 HINTS = {
     "train.py": {
-        "--batch_size": "--batchsize=64 --batch-size --BATCH_SIZE -batch_size batch_size=64 --batch --bs",
-        "--learning_rate": "--lr --LR=1e-3 --learning-rate",
+        "--batch_size": "--batchsize=64 --batch-size --BATCH_SIZE -batch_size batch_size=64 --batch --bs --train_batch_size",
+        "--learning_rate": "--lr --LR=1e-3 --learning-rate --learnign_rate --train_lr",
         "--device": "--gpu --gpus=0,1 --device_id --gpu-ids",
         "--epochs": "--epoch --n_epochs --num-epochs",
         "--max_steps": "--steps --iters",
         "--image_size": "--resolution --img_size --size",
-        "--unet_dim": "--dim",
+        "--unet_dim": "--dim --num_channels --ch",
         "--time_steps": "--timesteps --num_timesteps --diffusion_steps",
         "--beta_schedule": "--noise_schedule",
         "--prediction": "--objective",
         "--ema_decay": "--ema",
-        "--num_workers": "--workers",
-        "--data_path": "--data --dataset_path --root",
-        "--output_path": "--output --out",
-        "--checkpoint_path": "--resume --ckpt",
+        "--num_workers": "--workers --dataloader_num_workers",
+        "--data_path": "--data --dataset_path --root --train_data_dir",
+        "--output_path": "--output --out --results-dir",
+        "--checkpoint_path": "--ckpt",
         "--save_every": "--save_interval",
         "--precision": "--fp16 --amp",
         "--class_conditional": "--class_cond",
-        "": "--cfg_scale --colour -7 64",  # no flag comes near
+        "--init_from": "--pretrained --transfer",
+        "--run": "--name --exp-name",
+        "--log_path": "--logdir",
+        "--warmup_steps": "--lr_warmup_steps",
+        # no flag comes near
+        "": "--cfg_scale --colour -7 64 --weight_decay --optimizer --test --num_heads --beta1 --gns --eval --config-path",
     },
     "sample.py": {
         "--output_dir": "--output --out --output_path",
         "--checkpoint": "--resume --ckpt --checkpoint_path",
         "--num_samples": "--n_samples --num_sample",
         "--guidance": "--cfg --cfg_scale",
-        "--steps": "--ddim_steps --num_inference_steps",
-        "": "--lr --ema",
+        "--sampler": "--solver --use-ddim",
+        "--steps": "--ddim_steps --num_inference_steps --num-sampling-steps",
+        "": "--lr --ema --image_size --clip_denoised --temperature --fps",
     },
     "evaluate.py": {"--device": "--gpu", "--num_samples": "--n_samples", "--output_dir": "--out"},
 }
@@ -171,6 +187,21 @@ def test_a_word_that_is_no_flag_is_answered_with_the_flag_that_was_meant(script,
     found = f"{name}: no such flag{end}" if word.startswith("-") else f"{name!r}: a word that belongs to no flag{end}"
     assert refusal(PARSERS[script], word, "5") == f"{found} 'python {script} --help' lists them."
     assert refusal(PARSERS[script], "--seed", "1", word).startswith(found)
+
+
+@pytest.mark.parametrize("word", ["--resume", "--resume_from=x", "--continue", "--auto-resume", "restart"])
+def test_a_run_goes_on_without_a_flag(word):
+    said = refusal(PARSERS["train.py"], word, "yes")
+    assert said.endswith(f"a run goes on by itself. Type the command that started it, without {word.partition('=')[0]}.")
+    assert "goes on by itself" not in refusal(PARSERS["sample.py"], word)
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "evaluate.py"])
+@pytest.mark.parametrize("word, number", [("cuda:1", "1"), ("1", "1"), ("cuda:0,2", "0,2"), ("GPU3", "3"), ("cuda1", "1")])
+def test_which_gpu_is_chosen_by_the_environment(script, word, number):
+    way = f"to choose a GPU, type CUDA_VISIBLE_DEVICES={number} before python, and --device cuda."
+    assert refusal(PARSERS[script], "--device", word) == f"--device: got {word!r}; {way}"
+    assert PARSERS[script].parse(["--device", "cuda"]).device == "cuda"
 
 
 def test_h_is_help_and_only_that(capsys):
@@ -200,9 +231,11 @@ def test_another_script_has_flags_of_the_same_manner(monkeypatch, capsys):
     group.add_argument("--out", **PATH, default="~/pictures", help="where to")
     group.add_argument("--gif", **TRUTH, default=False, help="also a GIF")
     monkeypatch.setenv("HOME", "/home/me")
-    assert vars(parser.parse([])) == dict(steps=20, eta=0.0, sizes=(8,), sampler="ddpm", out="/home/me/pictures", gif=False)
+    defaults = dict(steps=20, eta=0.0, sizes=(8,), sampler="ddpm", out="/home/me/pictures", gif=False)
+    assert vars(parser.parse([])) == defaults | {"typed": set()}
     read = parser.parse(["--steps=5", "--sampler", "DPM++", "--gif", "--sizes", "8,16", "--eta", "1e-2"])
-    assert vars(read) == dict(steps=5, eta=0.01, sizes=(8, 16), sampler="dpm++", out="/home/me/pictures", gif=True)
+    found = dict(steps=5, eta=0.01, sizes=(8, 16), sampler="dpm++", out="/home/me/pictures", gif=True)
+    assert vars(read) == found | {"typed": found.keys() - {"out"}}
     for argv, sentence in {
         ("--eta", "-1"): "--eta: got '-1', expected a number of at least 0 and at most 1.",
         ("--steps", "--gif"): "--steps: no value given, expected a whole number from 1 to 50.",

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import config
-from src.runtime.monitor import Meter, warnings_of
+from src.runtime.flags import print_idle
+from src.runtime.monitor import Meter, idle_flags, warnings_of
 from src.runtime.settings import resolve
 from src.utils import UserError
 from train import stop_if_not_finite
@@ -106,3 +107,24 @@ def resolved(words):
 def test_a_run_that_cannot_work_is_warned_about_with_what_to_type(words, last_step, steps_per_epoch, says):
     warnings = warnings_of(resolved(words), last_step, steps_per_epoch)
     assert len(warnings) == len(says) and all(re.search(pattern, text) for pattern, text in zip(says, warnings))
+
+
+@pytest.mark.parametrize(
+    ("words", "step", "idle"),
+    [
+        (
+            "--label_dropout 0.2 --preview_guidance 3 --data_path x --data_size 5",
+            0,
+            "label_dropout preview_guidance data_path data_size",
+        ),
+        ("--label_dropout 0.2 --preview_guidance 3 --class_conditional --dataset folder --data_path x", 0, ""),
+        ("--init_from x --preview_steps 30 --time_steps 20", 0, "preview_steps"),
+        ("--init_from x", 5, "init_from"),
+        ("--dataset cifar10 --data_url http://x --data_size 0", 5, ""),
+        ("--preset demo", 5, ""),
+    ],
+)
+def test_what_is_typed_is_used_or_said_not_to_be(capsys, words, step, idle):
+    run = resolve(config, ["--dataset", "shapes", *words.split()])
+    print_idle({"init_from", *map(str.lower, run.typed)}, idle_flags(run, step))
+    assert re.findall("note: --([a-z_]+) has no effect", capsys.readouterr().out) == idle.split()

@@ -1,6 +1,8 @@
 """What a run may be told: flags over preset over config.py, and one clear sentence for everything else."""
 
+import contextlib
 import importlib.util
+import itertools
 import lzma
 import os
 import pickle
@@ -174,6 +176,8 @@ OWN = "Write names of your own in lower case."
         (config_with(DEVICE="gpu"), "config.py: DEVICE = 'gpu', expected auto, cuda, mps or cpu."),
         (config_with(LOG_PATH=5), "config.py: LOG_PATH = 5, expected a path."),
         (config_with(LOG_PATH="$NOPE"), "config.py: LOG_PATH: got '$NOPE', but $NOPE is not set."),
+        (config_with(DATA_PATH="D:\new"),
+         "config.py: DATA_PATH: got 'D:\\new', which has a control character; write \\ as / or as \\\\."),
         (config_with("BATCH_SIZE"), "config.py has no BATCH_SIZE; set BATCH_SIZE to a whole number from 1 to 1000000."),
         (config_with("BATCH_SIZE", BATCH_SZIE=16),
          f"config.py: BATCH_SZIE: no such setting; did you mean BATCH_SIZE? {OWN}"),
@@ -190,7 +194,7 @@ OWN = "Write names of your own in lower case."
         (config_with(DATASET="cifar"), "config.py: DATASET = 'cifar': allowed are tiny-imagenet, shapes."),
         (config_with(IMAGE_SIZE=50, DIM_MULTS=(1, 2, 3)),
          "config.py: IMAGE_SIZE = 50 with config.py: DIM_MULTS = (1, 2, 3): allowed are multiples of 4 from 8 on, for "
-         "example 48 or 52."),
+         "example 48 or 52, or as it is with --dim_mults 1,2."),
     ],
 )  # fmt: skip
 def test_a_fault_in_config_py_is_named_as_such(module, sentence):
@@ -210,10 +214,13 @@ def test_names_in_lower_case_and_with_an_underscore_are_the_users_own():
         ("--unet_dim 100", "--unet_dim 100: allowed are multiples of 8 below 128 and of 32 from there on, for example 96 "
                            "or 104."),
         ("--image_size 8 --dim_mults 1,2,3,4",
-         "--image_size 8 with --dim_mults 1,2,3,4: allowed are multiples of 8 from 16 on, for example 16 or 24."),
+         "--image_size 8 with --dim_mults 1,2,3,4: allowed are multiples of 8 from 16 on, for example 16 or 24, or as it "
+         "is with --dim_mults 1,2,3."),
+        ("--image_size 28", "--image_size 28 with config.py: DIM_MULTS = (1, 2, 3, 4): allowed are multiples of 8 from 16 on, "
+                            "for example 24 or 32, or as it is with --dim_mults 1,2,3."),
         ("--preset small --dim_mults 1,1,1,1,1",
          "config.py: PRESETS['small'] sets IMAGE_SIZE = 8 with --dim_mults 1,1,1,1,1: allowed are multiples of 16 from 32 "
-         "on, for example 32 or 48."),
+         "on, for example 32 or 48, or as it is with --dim_mults 1,1,1."),
         ("--attention_resolutions 16,7 --dim_mults 1,2 --image_size 32",
          "--attention_resolutions 16,7 with --image_size 32 and --dim_mults 1,2: allowed are 0 and the sizes of the "
          "levels, 32,16."),
@@ -223,6 +230,32 @@ def test_names_in_lower_case_and_with_an_underscore_are_the_users_own():
 def test_a_combination_that_cannot_work_is_refused(words, sentence):
     module = config_with(PRESETS={"small": dict(IMAGE_SIZE=8, DIM_MULTS=(1, 2))})
     assert refusal(FlagError, module, *words.split()) == sentence
+
+
+def test_the_levels_advised_for_an_image_size_are_accepted():
+    for size, mults in itertools.product(range(8, 130), ("1", "1,2", "1,2,3,4", "1,1,2,2,4,4")):
+        words = ["--image_size", str(size), "--dim_mults", mults]
+        with contextlib.suppress(FlagError):
+            resolve(config, words)
+            continue
+        advised = re.search(r"as it is with --dim_mults (\S+)\.$", refusal(FlagError, config, *words))[1]
+        assert mults.startswith(advised) and resolve(config, [*words, "--dim_mults", advised])
+
+
+def test_a_preset_beats_the_network_of_init_from_which_beats_the_constant():
+    asked = []
+
+    def network_of(folder: Path, init_from: str) -> dict:
+        asked.append((folder, init_from))
+        return dict(UNET_DIM=32, DIM_MULTS=(1, 2), IMAGE_SIZE=16, TIME_STEPS=7)
+
+    module = config_with(PRESETS={"mine": dict(TIME_STEPS=9)}, SOURCES={"shapes": dict(IMAGE_SIZE=8)}, DATASET="shapes")
+    words = ["--init_from", "x.pth", "--preset", "mine", "--unet_dim", "64", "--run", "new"]
+    s = resolve(module, words, network_of=network_of).settings
+    assert (s.UNET_DIM, s.TIME_STEPS, s.DIM_MULTS, s.IMAGE_SIZE) == (64, 9, (1, 2), 16)
+    assert asked == [(Path("checkpoints/new"), "x.pth")]
+    sentence = refusal(FlagError, module, *words, "--dim_mults", "1,1,1,1,1,1", network_of=network_of)
+    assert sentence.startswith("x.pth has IMAGE_SIZE = 16 with --dim_mults 1,1,1,1,1,1: allowed are multiples of 32")
 
 
 def test_a_combination_of_a_preset_alone_is_the_presets_fault():
