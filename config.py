@@ -85,10 +85,9 @@ PRESETS = {
     # Ten classes of Tiny ImageNet: goldfish, monarch, sulphur butterfly, ladybug, jellyfish, coral reef, lemon, orange, alp,
     # seashore.
     "nature": dict(
-        DATASET="tiny-imagenet",
-        CLASSES="n01443537, n02279972, n02281406, n02165456, n01910747, n09256479, n07749582, n07747607, "
-        "n09193705, n09428293",
-        CLASS_CONDITIONAL=True, UNET_DIM=32, DIM_MULTS=(1, 1, 2, 4), NUM_RES_BLOCKS=1, ATTENTION_RESOLUTIONS=(8,),
+        DATASET="tiny-imagenet", CLASS_CONDITIONAL=True, CLASSES="n01443537, n02279972, n02281406, n02165456, n01910747, "
+        "n09256479, n07749582, n07747607, n09193705, n09428293",
+        UNET_DIM=32, DIM_MULTS=(1, 1, 2, 4), NUM_RES_BLOCKS=1, ATTENTION_RESOLUTIONS=(8,),
         PREDICTION="v", BETA_SCHEDULE="cosine", BATCH_SIZE=16, LEARNING_RATE=1e-3, LR_SCHEDULE="cosine", EMA_DECAY=0.999,
         RUN="nature",
     ),

@@ -27,7 +27,7 @@ from src.evaluation.nearest import measure_nearest
 from src.evaluation.report import Evaluation, conclusions, say
 from src.runtime.build import build_validation
 from src.runtime.distributed import World
-from src.runtime.flags import PATH, TRUTH, FlagParser, Kind, number, print_idle, text, whole
+from src.runtime.flags import CLASSES, PATH, TRUTH, FlagParser, Kind, number, print_idle, whole
 from src.runtime.pipeline import add_drawing_flags, check_drawing_flags, duration
 from src.runtime.runs import add_checkpoint_flags
 from src.runtime.settings import KINDS
@@ -49,7 +49,6 @@ def read_flags(argv: Sequence[str]) -> Namespace:
         description="Measure a checkpoint. Without --fid, --nll, --loss or --nearest it does what --fid does.",
     )
     source = PATH | {"metavar": "SOURCE"}
-    names = text("names, ids or indices, separated by commas, or all", r".*\S.*", "NAMES")
     Flags = list[tuple[str, Kind, Any, str]]
     what: Flags = [
         ("--fid", TRUTH, False, "FID, KID, Inception Score, precision and recall of drawn pictures"),
@@ -66,7 +65,7 @@ def read_flags(argv: Sequence[str]) -> Namespace:
          "network: inception, a file of Inception weights, random (no download), vgg16, ... (default: inception)"),
         ("--kid_subset_size", whole(2, 1_000_000), 1000, "pictures in each of KID's 100 subsets (default: 1000)"),
         ("--seed", KINDS["SEED"], 0, "which series of pictures; of --nll, which t and noise (default: 0)"),
-        ("--classes", names, "all", "classes to draw, in turn (default: all)"),
+        ("--classes", CLASSES, "", "classes to draw, in turn (default: all)"),
         ("--guidance", number(0, 100), 1.0, "1 follows the class, 0 ignores it, more exaggerates it (default: 1)"),
     ]  # fmt: skip
     bound: Flags = [

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from src.noise import PictureNoise, slerp
 from src.runtime.device import describe
 from src.runtime.distributed import World
-from src.runtime.flags import PATH, TRUTH, FlagParser, kind, number, text, whole
+from src.runtime.flags import CLASSES, PATH, TRUTH, FlagParser, kind, number, whole
 from src.runtime.folders import BESIDE, next_folder, picture_folder, pictures_of
 from src.runtime.pipeline import Pipeline, add_drawing_flags, check_drawing_flags, duration
 from src.runtime.runs import add_checkpoint_flags, choose_checkpoint, tell
@@ -63,7 +63,6 @@ def read_flags(argv: Sequence[str]) -> Namespace:
         usage="python sample.py [--checkpoint PATH] [--flag VALUE ...]",
         description="Draw pictures from a checkpoint. Picture i depends on the checkpoint, the settings, --seed and i alone.",
     )
-    names = text("names, ids or indices, separated by commas, or all", r".*\S.*", "NAMES")
     what = parser.add_argument_group("what to draw")
     add_checkpoint_flags(what)
     what.add_argument(
@@ -73,7 +72,7 @@ def read_flags(argv: Sequence[str]) -> Namespace:
         ("--num_samples", whole(1, 1_000_000), 64, "how many pictures (default: 64)"),
         ("--seed", KINDS["SEED"], 0, "which series of pictures (default: 0)"),
         ("--start_index", INDEX, 0, "number of the first picture, to draw a later part of the same series (default: 0)"),
-        ("--classes", names, "all", f"{names['type'].__name__}; pictures take them in turn (default: all)"),
+        ("--classes", CLASSES, "", f"{CLASSES['type'].__name__}; pictures take them in turn (default: all)"),
         ("--guidance", number(0, 100), 1.0,
          "1 follows the class, 0 ignores it, 2 to 4 exaggerate it at twice the cost (default: 1)"),
         ("--interpolate", POINTS, None, "walk from the first picture to the next, or through A,B,... (index or seed:index)"),
@@ -112,11 +111,10 @@ class Series:
         self.about = {"seed": flags.seed}
         self.label, self.start = pipeline.label, partial(pipeline.start, flags.seed)
         self.columns = class_columns(len(pipeline.labels)) if pipeline.labels else None
-        self.classes, self.shown = pipeline.classes, None
+        self.pipeline, self.shown = pipeline, None
 
     def caption(self, i: int) -> str:
-        label = self.label(i)
-        return "" if label is None else self.classes[label]
+        return self.pipeline.caption(self.label(i))
 
 
 class Walk:
@@ -153,8 +151,8 @@ class Walk:
         leg, share = self.place(i)
         if share not in (0, 1):
             return ""
-        (seed, index), label = self.points[leg + int(share)], self.label(i)
-        return f"{seed}:{index}" + ("" if label is None else f" {self.pipeline.classes[label]}")
+        seed, index = self.points[leg + int(share)]
+        return f"{seed}:{index} {self.pipeline.caption(self.label(i))}".rstrip()
 
     def start(self, indices: Sequence[int]) -> tuple[Callable, Tensor | None, Callable]:
         network, (legs, shares) = self.pipeline.network, zip(*map(self.place, indices))

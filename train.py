@@ -49,7 +49,7 @@ from src.runtime.monitor import Meter, Monitor, print_plan, print_summary
 from src.runtime.resume import check_data, check_length, check_resume
 from src.runtime.settings import Run, Settings, resolve
 from src.runtime.signals import StopRequest, run_script
-from src.utils import UserError, class_columns, make_folder, save_png, sheet, to_uint8, writing
+from src.utils import UserError, caption, class_columns, make_folder, save_png, sheet, to_uint8, writing
 
 try:
     import config
@@ -250,7 +250,7 @@ def preview(
     pictures = world.sum(pictures)  # those of the other processes are zero here
     if not s.CLASS_CONDITIONAL:
         return sheet(pictures)
-    return sheet(pictures, [classes[label] for label in labels], class_columns(len(classes)))
+    return sheet(pictures, [caption(classes[k], k) for k in labels.tolist()], class_columns(len(classes)))
 
 
 def main() -> int:

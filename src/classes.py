@@ -1,53 +1,72 @@
 """Classes as people type them: names, ids and indices."""
 
 import difflib
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
 from src.utils import FlagError, count, printable
 
+Words = tuple[str, ...]
+
+
+def words_of(text: str) -> Words:
+    """What stands between commas, as it is compared: Unicode NFC, white space at the ends gone, and elsewhere one space."""
+    return tuple(" ".join(word.split()) for word in unicodedata.normalize("NFC", text).split(","))
+
+
+def index_of(word: str) -> int:
+    """ "17" and "index:17" -> 17, other words -> -1."""
+    number = word.removeprefix("index:")
+    return int(number) if number.isascii() and number.isdecimal() and len(number) < 1000 else -1
+
 
 def parse_classes(text: str, classes: Sequence[str], class_ids: Sequence[str], owner: str = "the checkpoint") -> list[int]:
     """ "goldfish,n02124075,17" -> labels; "all" -> every label. A class is a name, an id, or an index from 0, also index:17.
-    Exact spelling goes before another case, and the whole text before its parts between commas.   owner: what has the classes.
-    Raises FlagError for a word that means no class, or several."""
-    is_name = text in classes or text in class_ids
-    if text.strip().lower() == "all" and not is_name:
+    Exact spelling goes before another case. Names may hold commas.   owner: what has the classes.
+    Raises FlagError for a word that means no class, and for a text that can be read in several ways."""
+    exact: dict[Words, set[int]] = {}
+    any_case: dict[Words, set[int]] = {}
+    for label, pair in enumerate(zip(classes, class_ids)):
+        for name in pair:
+            exact.setdefault(words_of(name), set()).add(label)
+            any_case.setdefault(words_of(name.casefold()), set()).add(label)
+    words, longest = words_of(text), max(map(len, exact))
+    ways: list[list[list[int]]] = [[[]], *([] for _ in words)]  # [n]: labels that the first n words may mean
+    for end in range(1, len(words) + 1):
+        for start in range(max(0, end - longest), end):
+            part = words[start:end]
+            labels = exact.get(part) or any_case.get(words_of(",".join(part).casefold()), set())
+            labels = labels | ({index_of(part[0])} & set(range(len(classes))) if len(part) == 1 else set())
+            ways[end] += [[*way, label] for way in ways[start] for label in sorted(labels)][:9]  # more are as bad
+    found, every = sorted(ways[-1]), ["every class"] * (words_of(text.casefold()) == ("all",))
+    if every and (words not in exact or len(classes) == 1):
         return list(range(len(classes)))
-    return [find_class(word, classes, class_ids, owner) for word in ([text] if is_name else text.split(","))]
+    if len(found + every) > 1:
+        k = next((k for k in range(len(words)) if len({tuple(way[k : k + 1]) for way in found}) > 1), 0)  # before, all agree
+        meant = [f"index:{label} ({classes[label]})" for way in found for label in way[k : k + 1]] + every
+        raise FlagError(f"--classes: {text!r} may mean {' or '.join(dict.fromkeys(meant))}. Name one class by its index:N.")
+    if found:
+        return found[0]
+    word = words[max(n for n, known in enumerate(ways) if known)]
+    if index_of(word) >= 0:
+        many = count(len(classes), "class", "classes")
+        raise FlagError(f"--classes: got {word}, but {owner} has {many}, with the indices 0 to {len(classes) - 1}.")
+    spelled = {name.casefold(): name for pair in zip(classes, class_ids) for name in pair}
+    near = difflib.get_close_matches(word.casefold(), spelled, 3, cutoff=0.5)
+    near += [name for name in spelled if word and word.casefold() in name][:3]
+    meant = [spelled[name] for name in dict.fromkeys(near)]
+    there = f"there are {', '.join(classes[:10])}{', ...' if len(classes) > 10 else ''}"
+    advice = f"did you mean {', '.join(meant)}?" if meant else there
+    raise FlagError(f"--classes: {owner} has no class {word!r}; {advice}")
 
 
 def find_labels(dataset: Any, name: str, classes: str) -> list[int]:
     """The labels of the classes that CLASSES names, in its order. Raises FlagError."""
-    names = [printable(known) for known in getattr(dataset, "classes", None) or []]
-    ids = [printable(known) for known in getattr(dataset, "class_ids", None) or names]
+    names, ids = ([printable(known) for known in getattr(dataset, what, None) or []] for what in ("classes", "class_ids"))
     if not names:
         raise FlagError(f"--classes: {name} does not name its classes. Give its Dataset a list `classes`, or leave this out.")
-    labels = parse_classes(classes, names, ids, name)
+    labels = parse_classes(classes, names, ids or names, name)
     if twice := [label for label in labels if labels.count(label) > 1]:
         raise FlagError(f"--classes: {classes!r} names index:{twice[0]} ({names[twice[0]]}) twice. Name each class once.")
     return labels
-
-
-def find_class(word: str, classes: Sequence[str], class_ids: Sequence[str], owner: str) -> int:
-    """The one label that the word means. Raises FlagError."""
-    word, labels = word.strip(), range(len(classes))
-    number = word.removeprefix("index:")
-    index = int(number) if number.isascii() and number.isdecimal() and len(number) < 10 else -1
-    names = [(names, label) for label, pair in enumerate(zip(classes, class_ids)) for names in pair]
-    exact = {label for name, label in names if name == word}
-    found = exact or {label for name, label in names if name.lower() == word.lower()}
-    found = found | ({index} & set(labels)) if number == word else {index} & set(labels)
-    meanings = [f"index:{label} ({classes[label]})" for label in sorted(found)] + ["every class"] * (word.lower() == "all")
-    if len(meanings) > 1:
-        raise FlagError(f"--classes: {word!r} may mean {' or '.join(meanings)}. Name one class by its index:N.")
-    if found:
-        return found.pop()
-    if number.isdecimal():
-        many = count(len(classes), "class", "classes")
-        raise FlagError(f"--classes: got {word}, but the {many} of {owner} have indices 0 to {labels[-1]}.")
-    spelt = {name.lower(): name for name, _ in names}
-    near = difflib.get_close_matches(word.lower(), spelt, 3, cutoff=0.5) + [name for name in spelt if word.lower() in name][:3]
-    meant = ", ".join(spelt[name] for name in dict.fromkeys(near))
-    advice = f"did you mean {meant}?" if meant else f"there are {', '.join(classes[:10])}, ..."
-    raise FlagError(f"--classes: {owner} has no class {word!r}; {advice}")

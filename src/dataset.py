@@ -81,10 +81,8 @@ def prepare(
     images = open_or_decode(dataset, name, split, image_size, source, Path(cache_path), num_workers, channels)
     chosen = images if labels is None else images.of_classes(labels)
     if not len(chosen):
-        raise UserError(
-            f"{name} {split} at {path} has no images of the classes {classes}. Choose more of them with --classes, or sort the "
-            f"images into train and val yourself."
-        )
+        advice = "Choose more of them with --classes, or sort the images into folders train and val."
+        raise UserError(f"{name} {split} at {path} has no images of the classes {classes}. {advice}")
     return chosen
 
 

@@ -6,6 +6,7 @@ import math
 import os
 import secrets
 import shutil
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count as count_from
 from pathlib import Path
@@ -13,8 +14,10 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
+
+from src.fonts import font_of, own
 
 
 class UserError(Exception):
@@ -35,8 +38,10 @@ def count(number: int, noun: str, plural: str = "") -> str:
 
 
 def printable(name: Any) -> str:
-    """A name that any file can hold as UTF-8: what is not UTF-8 in the name of a file or folder is spelled out."""
-    return str(name).encode("utf-8", "backslashreplace").decode()
+    """A name on one line of UTF-8: what is not UTF-8 in the name of a file or folder, or no letter but a line break, is spelled
+    out."""
+    letters = str(name).encode("utf-8", "backslashreplace").decode()
+    return "".join(ascii(c)[1:-1] if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in letters)
 
 
 # --- files ----------------------------------------------------------------------------------------------
@@ -181,6 +186,12 @@ def class_columns(classes: int) -> int:
     return 10 // classes * classes or 10
 
 
+def caption(name: str, label: int) -> str:
+    """The name of a class as a sheet can show it: on one line, in letters that a font of this system has; else its index."""
+    name = unicodedata.normalize("NFC", printable(name))[:100]
+    return name if name.strip() and font_of(name) else f"index:{label}"
+
+
 def zoom_of(wide: int) -> int:
     """How often to enlarge an image for people: it gets about 96 pixels wide, enough for a name below."""
     return max(1, round(96 / wide))
@@ -196,16 +207,17 @@ def sheet(images: Tensor, names: Sequence[str] = (), columns: int | None = None,
     full_rows = (width for width in range(root, 3 * root // 2) if len(images) % width == 0)
     columns, zoom = min(columns or next(full_rows, root), len(images)), zoom or zoom_of(wide)
     wide, high = wide * zoom, images.shape[2] * zoom
-    font, width, height = ImageFont.load_default(size=11), wide + 4, high + 4 + (14 if names else 0)
+    width, height = wide + 4, high + 4 + (14 if names else 0)
     paper = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), (32, 32, 32))
     pen = ImageDraw.Draw(paper)
     for i, image in enumerate(images):
         name = names[i] if names else ""
         left, top = i % columns * width + 2, i // columns * height + 2
         paper.paste(to_pil(image).resize((wide, high), Image.Resampling.NEAREST), (left, top))
-        while pen.textlength(name, font) > wide:
+        font = font_of(name) or own()
+        while len(name) > 1 and pen.textlength(name, font) > wide:
             name = name.removesuffix("…")[:-1] + "…"
-        pen.text((left, top + high), name, fill="white", font=font)
+        pen.text((left, top + high + 11), name, fill="white", font=font, anchor="ls")  # on one line in all fonts
     return torch.frombuffer(bytearray(paper.tobytes()), dtype=torch.uint8).view(paper.height, paper.width, 3).permute(2, 0, 1)
 
 

@@ -319,7 +319,7 @@ def test_what_is_typed_is_used_or_said_not_to_be(sample, flags, notes):
         (("--classes", "0"), False, 2, "this checkpoint knows no classes; train with --class_conditional true."),
         (("--guidance", 2), False, 2, "this checkpoint knows no classes; train with --class_conditional true."),
         (("--classes", "blue circel"), True, 2, "the checkpoint has no class 'blue circel'; did you mean blue circle"),
-        (("--classes", "9"), True, 2, "--classes: got 9, but the 4 classes of the checkpoint have indices 0 to 3."),
+        (("--classes", "9"), True, 2, "--classes: got 9, but the checkpoint has 4 classes, with the indices 0 to 3."),
         (("--interpolate", "--sampler", "ddpm"), False, 2, "--interpolate: needs a sampler without randomness"),
         (("--num_samples", 0), False, 2, "--num_samples: got '0', expected a whole number from 1 to 1000000."),
         (("--num_sample", 3), False, 2, "--num_sample: no such flag; did you mean --num_samples?"),

@@ -115,7 +115,7 @@ class Evaluation:
         if pipeline.sampler == "ddim":
             options["eta"] = pipeline.eta
         if pipeline.labels is not None:
-            options |= {"guidance": pipeline.guidance, "classes": self.flags.classes}
+            options |= {"guidance": pipeline.guidance, "classes": self.flags.classes or "all"}
         return options | {"seed": self.flags.seed}
 
     def validation(self, number: int) -> dict[str, Any]:

@@ -111,12 +111,7 @@ def read_path(value: Any) -> str:
 
 
 PATH = kind("a path", read_path, lambda path: bool(path.strip()), metavar="PATH")
-CLASSES = kind(
-    "names, ids or indices of classes, separated by commas",
-    lambda x: x if isinstance(x, str) else ",".join(map(str, x)),
-    lambda x: not x or bool(x.strip()),
-    metavar="NAMES",
-)
+CLASSES = text("names, ids or indices, separated by commas, or all", r"(.*\S.*)?", "NAMES")
 RUN = text("a name of letters, digits, '-', '_' and '.'", r"(?!\.)[\w.-]*", "NAME")
 WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 TRUTH = kind("true or false", lambda x: WORDS.get(str(x).lower()), lambda x: x is not None, metavar="BOOL")

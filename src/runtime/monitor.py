@@ -7,7 +7,7 @@ import secrets
 import shlex
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -229,18 +229,17 @@ def print_plan(
         if text:
             print(f"{title:<9} {text}", flush=True)
     print_idle({"init_from", *map(str.lower, run.typed)}, idle_flags(run, step))
-    for warning in warnings_of(s, last_step, batches.steps_per_epoch, starts_from_noise=not run.init_from):
+    for warning in warnings_of(s, last_step, batches.steps_per_epoch, not run.init_from, batches.images.classes):
         print(f"Warning: {warning}", flush=True)
 
 
 def class_line(s: Settings, classes: list[str]) -> str:
-    """Which classes there are and whether the network is told them; "" for pictures that are not sorted into classes."""
+    """Which classes there are, and whether the network is told them; "" for pictures that are not sorted."""
     names = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
-    chosen = f"{len(classes):,}{', chosen by CLASSES' if s.CLASSES else ''}: {names}"
-    if s.CLASS_CONDITIONAL:
-        return f"{chosen}. The network is told which"
-    advice = "The network is not told which; to draw by class, train with --class_conditional true --run NAME"
-    return f"{chosen}. {advice}" if len(classes) > 1 or s.CLASSES else ""
+    how = "; chosen by CLASSES" if s.CLASSES else ""
+    if not s.CLASS_CONDITIONAL:
+        how += "; not told to the network (to draw them by name: --class_conditional true --run NAME)"
+    return f"{len(classes):,}: {names}{how}" if len(classes) > 1 or s.CLASSES else ""
 
 
 def idle_flags(run: Run, step: int) -> dict[str, tuple[str, bool]]:
@@ -255,7 +254,9 @@ def idle_flags(run: Run, step: int) -> dict[str, tuple[str, bool]]:
     }
 
 
-def warnings_of(s: Settings, last_step: int, steps_per_epoch: int, starts_from_noise: bool = True) -> list[str]:
+def warnings_of(
+    s: Settings, last_step: int, steps_per_epoch: int, starts_from_noise: bool = True, classes: Sequence[str] = ()
+) -> list[str]:
     """What makes a run fail in silence: one sentence each, with what to type instead."""
     found = []
     if starts_from_noise and last_step < FEW_STEPS:
@@ -272,6 +273,11 @@ def warnings_of(s: Settings, last_step: int, steps_per_epoch: int, starts_from_n
         found.append(
             f"A validation and a save after every {count(s.VAL_EVERY * steps_per_epoch, 'step')} may take longer than these. "
             f"Use --val_every {-(-FEW_STEPS // (10 * steps_per_epoch))}."
+        )
+    if s.CLASS_CONDITIONAL and len(classes) == 1:
+        found.append(
+            f"There is one class, {classes[0]}, so CLASS_CONDITIONAL tells the network nothing. Sort the pictures into a "
+            f"folder for each class, or use --class_conditional false."
         )
     return found
 

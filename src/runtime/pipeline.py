@@ -21,7 +21,7 @@ from src.runtime.distributed import World
 from src.runtime.flags import Kind, choice, number, print_idle, whole
 from src.runtime.settings import KINDS
 from src.samplers import SAMPLERS, SPACINGS, Noise
-from src.utils import FlagError, to_uint8
+from src.utils import FlagError, caption, to_uint8
 
 DEFAULT_STEPS = {"ddim": 50, "dpm++": 20}  # ddpm takes all that the model was trained with
 GIF_FRAMES, GIF_IMAGES = 50, 16  # the most that denoising.gif shows
@@ -80,14 +80,16 @@ class Pipeline:
             "with --checkpoint and --output_dir": ("run", {"checkpoint", "output_dir"} <= {*flags.typed}),
         }
         print_idle(flags.typed, table)
-        if not s.CLASS_CONDITIONAL and (flags.classes != "all" or flags.guidance != 1):
+        if not s.CLASS_CONDITIONAL and (flags.classes not in ("", "all") or flags.guidance != 1):
             raise FlagError("--classes, --guidance: this checkpoint knows no classes; train with --class_conditional true.")
         if s.CLASS_CONDITIONAL and not s.LABEL_DROPOUT and flags.guidance != 1:
             raise FlagError(
                 f"--guidance: got {flags.guidance:g}, but this checkpoint was trained with LABEL_DROPOUT 0: it saw no hidden "
                 f"label. Allowed is 1; for other values train with --label_dropout 0.1."
             )
-        self.labels = parse_classes(flags.classes, self.classes, self.class_ids) if s.CLASS_CONDITIONAL else None
+        every = list(range(len(self.classes)))
+        chosen = parse_classes(flags.classes, self.classes, self.class_ids) if flags.classes else every
+        self.labels = chosen if s.CLASS_CONDITIONAL else None
         self.device = pick_device(flags.device, world.local_rank)
         self.dtype = pick_precision(flags.precision, self.device)
         self.precision = str(self.dtype).removeprefix("torch.")
@@ -105,6 +107,10 @@ class Pipeline:
     def label(self, index: int) -> int | None:
         """The class of picture number `index`: the classes in turn."""
         return self.labels[index % len(self.labels)] if self.labels else None
+
+    def caption(self, label: int | None) -> str:
+        """What stands on a sheet below a picture of this class."""
+        return "" if label is None else caption(self.classes[label], label)
 
     def to_y(self, labels: Sequence[int | None]) -> Tensor | None:
         return torch.tensor(labels, device=self.device) if self.labels else None

@@ -62,7 +62,8 @@ def test_a_run_trains_resumes_draws_and_is_measured_on_the_classes_chosen(run, d
     settings, count, ids = data
     labelled = settings["CLASS_CONDITIONAL"]
     out = run.to("whole").train(CLASSES="dog,bird", **settings).out
-    assert "classes   2, chosen by CLASSES: dog, bird. The network is " in out
+    told = "" if labelled else "; not told to the network (to draw them by name: --class_conditional true --run NAME)"
+    assert f"classes   2: dog, bird; chosen by CLASSES{told}\n" in out
     assert f"images    {2 * count} for training, 4 for validation" in out
     whole = run.to("whole").state()
     assert whole["classes"] == ["dog", "bird"] and whole["class_ids"] == [ids[3], ids[0]]
@@ -97,7 +98,7 @@ def test_a_run_trains_resumes_draws_and_is_measured_on_the_classes_chosen(run, d
     "words, sentence",
     [
         ("dgo,bird", "has no class 'dgo'; did you mean dog?"),
-        ("bird,9", "got 9, but the 4 classes of {} have indices 0 to 3."),
+        ("bird,9", "got 9, but {} has 4 classes, with the indices 0 to 3."),
         ("cat,bird,index:1", "'cat,bird,index:1' names index:1 (cat) twice. Name each class once."),
     ],
 )

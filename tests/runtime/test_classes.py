@@ -1,10 +1,14 @@
 """Class labels as people type them: names, ids, indices; and the sheet that shows them."""
 
+import csv
+
 import pytest
 import torch
 
 from src.classes import parse_classes
-from src.utils import FlagError, class_columns, sheet
+from src.fonts import font_of
+from src.utils import FlagError, caption, class_columns, sheet
+from tests.runtime.test_choice import save
 
 CLASSES = ["goldfish", "Egyptian cat", "tailed frog", "bullfrog", "school bus"]
 IDS = ["n01443537", "n02124075", "n01644900", "n01641577", "n04146614"]
@@ -57,7 +61,7 @@ def test_a_word_that_is_no_class_is_refused_with_the_nearest_names(words, advice
 
 @pytest.mark.parametrize("index", ["5", "1000000", "9" * 30, "index:5"])
 def test_an_index_beyond_the_last_class_is_refused_with_the_range(index):
-    with pytest.raises(FlagError, match=f"got {index}, but the 5 classes of the checkpoint have indices 0 to 4"):
+    with pytest.raises(FlagError, match=f"got {index}, but the checkpoint has 5 classes, with the indices 0 to 4"):
         parse(index)
 
 
@@ -71,6 +75,13 @@ def test_an_index_beyond_the_last_class_is_refused_with_the_range(index):
         (["0", "1", "2"], "2,0", [2, 0]),  # a digit as a name, at its own index
         (["red", "ALL"], "all", [0, 1]),
         (["crane", "crane"], "n1,index:0", [1, 0]),
+        (["cafe\u0301", "dog"], "caf\xe9,dog", [0, 1]),  # a Mac decomposes the names of files
+        (["CAF\xc9", "dog"], "cafe\u0301", [0]),
+        (["Stra\xdfe", "\U0001f41f", "\u05d3\u05d2"], "STRASSE,\u05d3\u05d2,\U0001f41f", [0, 2, 1]),
+        (["trout, brown", "Trout", "dog"], "dog,Trout, Brown,trout", [2, 0, 1]),  # a comma in a name, and between names
+        ([" dog ", "hot  dog"], "hot dog,dog", [1, 0]),
+        (["all"], "all", [0]),
+        (["all", "dog"], "index:0", [0]),
     ],
 )
 def test_names_that_look_alike_are_told_apart(classes, text, labels):
@@ -84,12 +95,47 @@ def test_names_that_look_alike_are_told_apart(classes, text, labels):
         (["Cat", "cAT"], "cat", "index:0 (Cat) or index:1 (cAT)"),
         (["1", "0"], "1", "index:0 (1) or index:1 (0)"),
         (["red", "all"], "all", "index:1 (all) or every class"),
+        (["cafe\u0301", "caf\xe9"], "caf\xe9", "index:0 (cafe\u0301) or index:1 (caf\xe9)"),
+        ([" dog", "dog"], " dog", "index:0 ( dog) or index:1 (dog)"),
+        (["red, blue", "red", "blue"], "red, blue", "index:0 (red, blue) or index:1 (red)"),
+        (["a,b", "b,c", "a", "c"], "a,b,c", "index:0 (a,b) or index:2 (a)"),
+        (["index:1", "dog"], "index:1", "index:0 (index:1) or index:1 (dog)"),
+        (["dog", "crane", "crane"], "dog,crane,dog", "index:1 (crane) or index:2 (crane)"),
     ],
 )
 def test_a_word_with_several_meanings_is_refused_with_all_of_them(classes, text, meanings):
     with pytest.raises(FlagError) as refused:
         parse_classes(text, classes, [f"n{i}" for i in range(len(classes))])
     assert f"{text!r} may mean {meanings}. Name one class by its index:N." in str(refused.value)
+
+
+SCRIPTS = ["caf\xe9", "cafe\u0301", "\u0416\u043a", "\u4f60\u597d", "\u05d3\u05d2", "\U0001f41f", "\u0e01\u0e02"]
+
+
+@pytest.mark.parametrize("name", ["fish", *SCRIPTS, "a\nb\tc\x00", "\u2028\u2029", "fish" * 5000, " ", "\U000e0ffe"])
+def test_a_caption_is_one_line_whose_letters_are_told_apart_or_else_the_index(name):
+    shown = caption(name, 7)
+    letters = [letter for letter in set(shown) if letter.isalnum()]
+    assert len({bytes(font_of(shown).getmask(letter)) for letter in letters}) == len(letters) > 0  # boxes would be alike
+    assert shown == "index:7" if name in (" ", "\U000e0ffe") else shown.isprintable()
+    labelled = sheet(torch.zeros(1, 3, 96, 96, dtype=torch.uint8), [shown], 1)
+    assert labelled.shape == (3, 114, 100) and labelled[:, -14:].max() > 150
+
+
+def test_a_run_on_folders_of_any_name_draws_each_of_them(run):
+    names = ["all", "Cat", "a\nb", "red, blue", "blue", "red", "cafe\u0301", "7", "index:2", "\U0001f41f"]
+    for i, name in enumerate(names):
+        for split in ("train", "val"):
+            save(run.folder / "data" / split / name / "0.png", i)
+    run.train(DATA_PATH="data", CACHE_PATH="cache", CLASS_CONDITIONAL=True, EPOCHS=1, NUM_SAMPLES=10)
+    run.sample("--checkpoint", "checkpoints/best.pth", "--num_samples", 10, "--steps", 1)
+    same = {name: name for name in ("Cat", "red", "a\\nb")}
+    for typed, drawn in ({"caf\xe9": "cafe\u0301", "CAT": "Cat", "index:9": "\U0001f41f"} | same).items():
+        run.sample("--checkpoint", "checkpoints/best.pth", "--num_samples", 1, "--steps", 1, "--classes", typed)
+        (table,) = sorted(run.folder.glob("outputs/pictures/*/labels.csv"))[-1:]
+        assert next(csv.DictReader(table.open(encoding="utf-8")))["class"] == drawn
+    for typed in ("all", "red, blue", "7", "index:2"):
+        assert "may mean index:" in run.sample("--checkpoint", "checkpoints/best.pth", "--classes", typed, code=2).err
 
 
 @pytest.mark.parametrize("size", [16, 64, 128])
