@@ -18,16 +18,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from src import noise
 from src.dataset import DeviceImages
 from src.evaluation import likelihood
 from src.evaluation.nearest import measure_nearest
 from src.evaluation.report import Evaluation, conclusions, say
+from src.progress import Bar
 from src.runtime.build import build_validation
 from src.runtime.distributed import World
-from src.runtime.flags import CLASSES, PATH, TRUTH, FlagParser, Kind, number, print_idle, whole
+from src.runtime.flags import CLASSES, PATH, TRUTH, FlagParser, Kind, command_line, number, print_idle, whole
 from src.runtime.pipeline import add_drawing_flags, check_drawing_flags, duration
 from src.runtime.runs import add_checkpoint_flags
 from src.runtime.settings import KINDS
@@ -163,7 +163,7 @@ def measure_bound(ev: Evaluation) -> dict[str, Any]:
     rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(noise.VALIDATION))[:number]
     nats = torch.zeros(number, 1 + len(parts), dtype=torch.float64)  # of each picture: the prior, then each part
     starts = ev.world.shard(range(0, number, flags.batch_size))
-    with tqdm(total=len(starts) * len(parts), unit="step", disable=ev.world.hides_bars, dynamic_ncols=True) as bar:
+    with Bar(total=len(starts) * len(parts), unit="step", disable=not ev.world.is_main) as bar:
         for start in starts:
             batch = rows[start : start + flags.batch_size]
             x_0, labels = images.batch(batch)
@@ -204,7 +204,7 @@ def measure_loss(ev: Evaluation) -> dict[str, Any]:
     seconds = pipeline.seconds_per_call(number, flags.batch_size) * max(s.VAL_IMAGES, 500)  # draws, see ValidationBatches
     say("loss", f"{count(number, 'validation picture')}: about {duration(seconds / ev.world.size)}")
     sums = torch.zeros(2, s.TIME_STEPS, dtype=torch.float64)  # of the losses and of the draws at each t
-    for batch in tqdm(build_validation(s, images, ev.world, flags.batch_size), disable=ev.world.hides_bars, unit="batch"):
+    for batch in Bar(build_validation(s, images, ev.world, flags.batch_size), unit="batch", disable=not ev.world.is_main):
         loss = pipeline.diffusion.eps_losses(pipeline.network, *batch).cpu().double()
         sums.index_add_(1, batch.t.cpu(), torch.stack([loss, torch.ones_like(loss)]))
     losses, draws = ev.world.sum(sums)
@@ -258,7 +258,7 @@ def evaluate(flags: Namespace, world: World) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     def body(stop: StopRequest) -> None:
-        flags = read_flags(sys.argv[1:] if argv is None else argv)
+        flags = read_flags(command_line(argv))
         with World.join() as world:
             evaluate(flags, world)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from src.model import Attention, UNet, norm_groups
 from src.runtime.build import build_diffusion, build_model
 from src.runtime.checkpoint import TO_DRAW, TO_TRAIN, VERSION, load_checkpoint, load_weights
-from src.runtime.flags import PATH, TRUTH, FlagParser, choice
+from src.runtime.flags import PATH, TRUTH, FlagParser, choice, command_line
 from src.runtime.folders import FolderLock
 from src.runtime.resume import FREE
 from src.runtime.runs import add_checkpoint_flags, choose_checkpoint
@@ -250,8 +250,10 @@ def export(flags: Namespace) -> None:
     print(f"Done: {out}, {sum(map(len, files.values())) / 1e6:,.1f} MB. {use}")
 
 
-def main() -> int:
-    return run_script("export.py", lambda stop: export(read_flags(sys.argv[1:])), lambda: "Out of memory.", "Stopped at once.")
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_script(
+        "export.py", lambda stop: export(read_flags(command_line(argv))), lambda: "Out of memory.", "Stopped at once."
+    )
 
 
 if __name__ == "__main__":

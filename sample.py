@@ -23,12 +23,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from src.noise import PictureNoise, slerp
+from src.progress import Bar
 from src.runtime.device import describe
 from src.runtime.distributed import World
-from src.runtime.flags import CLASSES, PATH, TRUTH, FlagParser, kind, number, whole
+from src.runtime.flags import CLASSES, PATH, TRUTH, FlagParser, command_line, kind, number, whole
 from src.runtime.folders import BESIDE, next_folder, picture_folder, pictures_of
 from src.runtime.pipeline import Pipeline, add_drawing_flags, check_drawing_flags, duration
 from src.runtime.runs import add_checkpoint_flags, choose_checkpoint, tell
@@ -183,7 +183,7 @@ def draw(pipeline: Pipeline, flags: Namespace, out: Path, series: Series | Walk)
     steps = len(pipeline.world.shard(range(0, len(missing), flags.batch_size))) * pipeline.steps
     with (
         ThreadPoolExecutor(4) as pool,
-        tqdm(total=steps, unit="step", disable=pipeline.world.hides_bars, dynamic_ncols=True) as bar,
+        Bar(total=steps, unit="step", disable=not pipeline.world.is_main) as bar,
     ):
         saving: Iterable = ()
         for batch, drawn in pipeline.series(missing, flags.batch_size, bar, series.start, frames):
@@ -242,7 +242,7 @@ def save_npz(path: Path, pipeline: Pipeline, series: Series | Walk, there: dict[
     with atomic_file(path) as file, zipfile.ZipFile(file, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as array:
             np.lib.format.write_array_header_1_0(array, header)
-            for picture in there.values():
+            for picture in Bar(there.values(), desc=path.name, unit="picture", leave=False):
                 array.write(load_png(picture).permute(1, 2, 0).contiguous().numpy().data)
         if pipeline.labels:
             with archive.open("arr_1.npy", "w") as array:
@@ -274,9 +274,9 @@ def sample(flags: Namespace, world: World) -> None:
             print(f"Done in {duration(time.perf_counter() - start)}: {out}/ has images, {', '.join(names)}")
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     def body(stop: StopRequest) -> None:
-        flags = read_flags(sys.argv[1:])
+        flags = read_flags(command_line(argv))
         if flags.about:
             tell(flags, import_module("config") if find_spec("config") else None)
             return

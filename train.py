@@ -13,7 +13,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,7 @@ from src.runtime.device import (
     should_compile,
 )
 from src.runtime.distributed import World
+from src.runtime.flags import command_line
 from src.runtime.folders import FolderLock, claim
 from src.runtime.monitor import Meter, Monitor, print_plan, print_summary
 from src.runtime.resume import check_data, check_length, check_resume
@@ -205,7 +206,7 @@ def judge(
     if not math.isfinite(val_loss):
         raise FloatingPointError(f"The validation loss after step {step:,} is not finite")
     monitor.scalars(step, {"loss/val": val_loss, "progress/epoch": epoch})
-    monitor.say(f"epoch {epoch}, step {step:,}: validation loss {val_loss:.5f}")
+    monitor.bar.write(f"epoch {epoch}, step {step:,}: validation loss {val_loss:.5f}")
     if is_last or is_due(s.SAMPLE_EVERY):
         with stop.postponed("preview"):
             sheets = {}
@@ -253,12 +254,12 @@ def preview(
     return sheet(pictures, [caption(classes[k], k) for k in labels.tolist()], class_columns(len(classes)))
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     run: Run | None = None
 
     def body(stop: StopRequest) -> None:
         nonlocal run
-        run = resolve(config, [*shlex.split(os.environ.get("DDPM_FLAGS", "")), *sys.argv[1:]], DATASETS, network_of)
+        run = resolve(config, [*shlex.split(os.environ.get("DDPM_FLAGS", "")), *command_line(argv)], DATASETS, network_of)
         with World.join() as world, contextlib.ExitStack() as held:
             if world.is_main:
                 held.enter_context(FolderLock(run.settings.folder("CHECKPOINT_PATH"), "--checkpoint_path"))

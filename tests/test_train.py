@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,6 +17,10 @@ import torch
 from PIL import Image
 
 import config
+import evaluate
+import export
+import sample
+import train
 from src.dataset import DeviceImages
 from src.runtime.build import build_diffusion, build_model, build_validation, open_images
 from src.runtime.checkpoint import TO_RESUME, load_checkpoint
@@ -226,6 +231,17 @@ def test_ctrl_c_while_torch_is_imported_shows_no_traceback(tmp_path, script):
         out, err = process.communicate(timeout=120)
     assert process.returncode == -signal.SIGINT
     assert out == err == ""
+
+
+def test_each_script_takes_a_list_and_runs_in_a_thread_as_in_a_notebook(run, monkeypatch):
+    monkeypatch.chdir(run.folder)
+    calls = [(train, [*run.flags(), "--max_steps", 3]), (sample, ["--num_samples", 2]), (evaluate, ["--loss"])]
+    calls += [(export, ["--weights_only"]), (export, ["--help"]), (export, ["--nope"])]
+    codes: list[int] = []
+    thread = threading.Thread(target=lambda: codes.extend(script.main(argv) for script, argv in calls))
+    thread.start()
+    thread.join(120)
+    assert codes == [0, 0, 0, 0, 0, 2]
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="there are no terminals of this kind here")

@@ -50,8 +50,11 @@ def start(script: str, argv: list[str], cwd: str, stdout: str, stderr: str, setu
         print(end.code if isinstance(end.code, str) else "", end="", file=sys.stderr)
     except BaseException:
         traceback.print_exc()
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            code = 120  # as the interpreter ends
     os._exit(code)
 
 

@@ -17,9 +17,8 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
-from tqdm import tqdm
-
 from src.data.download import fetch
+from src.progress import Bar
 from src.utils import UserError, count, make_folders, reading, writing
 
 MAX_BYTES = 4 << 30  # of an archive, unpacked; tiny-imagenet has 0.25 GB, cifar10 0.18 GB
@@ -144,7 +143,7 @@ def extract(
             needed = sum(member.size for member in members)
             if needed > shutil.disk_usage(part).free:
                 raise OSError(errno.ENOSPC, f"unpacking {path.name} needs {needed / 1e6:,.0f} MB")
-            for member in tqdm(members, desc="unpacking", unit=" files", disable=None):
+            for member in Bar(members, desc="unpacking", unit=" file"):
                 write(member, part / "all" / PurePosixPath(member.name))
         except (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
             raise UserError(

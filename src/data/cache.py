@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from src.data.decode import PictureNote, to_uint8
 from src.data.images import Images
+from src.progress import Bar
 from src.utils import UserError, atomic_file, count, make_folders, printable, reading, writing
 
 FORMAT = 2  # of the cache file and of to_uint8; count up when either changes, and caches are made again
@@ -175,7 +175,7 @@ def decoded(task: Task, num_workers: int) -> Iterator[tuple[np.ndarray, np.ndarr
     faults: list[str] = []
     files: dict[str, list[str]] = defaultdict(list)  # by what is to be noted of them
     with (
-        tqdm(total=len(task.dataset), desc="decoding", unit=" images", unit_scale=True, disable=None) as bar,
+        Bar(total=len(task.dataset), desc="decoding", unit=" image", unit_scale=True) as bar,
         closing(chunks(task, num_workers)) as results,
     ):
         for images, labels, notes, new_faults in results:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import requests
-from tqdm import tqdm
 from urllib3.exceptions import InvalidHeader
 from urllib3.util import Retry
 
+from src.progress import Bar
 from src.utils import UserError, count, make_folders, writing
 
 try:
@@ -127,7 +127,7 @@ def receive(url: str, part: Path, size: int, timeout: tuple[float, float], heade
                 headers["If-Range"] = response.headers["ETag"]  # if its file is another one by then, the server sends all of it
             if max(total, size) - have > shutil.disk_usage(part.parent).free:
                 raise OSError(errno.ENOSPC, f"the download needs {(max(total, size) - have) / 1e6:,.0f} MB more")
-            bar = tqdm(total=total or size or None, initial=have, unit="B", unit_scale=True, desc=part.stem, disable=None)
+            bar = Bar(total=total or size or None, initial=have, unit="B", unit_scale=True, desc=part.stem)
             with bar, open(part, "r+b") as file:
                 file.seek(have)
                 file.truncate()

@@ -27,11 +27,11 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY as NETWORKS
 from torch_fidelity.version import __version__ as version
-from tqdm import tqdm
 
 from src import noise
 from src.evaluation.picture_set import PictureSet, write_npz
 from src.evaluation.report import Evaluation, optional, say
+from src.progress import Bar
 from src.runtime.pipeline import duration
 from src.utils import UserError, atomic_file, count, make_folders
 
@@ -158,7 +158,7 @@ class FeatureNetwork:
             with contextlib.suppress(Exception), np.load(file, allow_pickle=False) as kept:  # none yet, or damaged: go on
                 return {name: torch.from_numpy(kept[name]) for name in (*self.module.features_list, "mu", "sigma")}
         parts = []
-        with tqdm(total=len(pictures), desc=f"features of {pictures.name}", unit=" pictures", disable=None) as bar:
+        with Bar(total=len(pictures), desc=f"features of {pictures.name}", unit=" picture") as bar:
             for start in range(0, len(pictures), batch_size):
                 began = time.perf_counter()
                 batch = torch.from_numpy(np.array(pictures.pixels[start : start + batch_size])).expand(-1, 3, -1, -1)
@@ -215,8 +215,9 @@ def warnings(samples: int, reference: int, dimensions: int) -> list[str]:
 @contextlib.contextmanager
 def weights_advice(name: str, path: Path) -> Iterator[None]:
     """Say what to fetch and where to put it if weights cannot be downloaded or read. Never wait for ever."""
-    before = socket.getdefaulttimeout()
+    before = socket.getdefaulttimeout(), torch.hub.tqdm
     socket.setdefaulttimeout(30)
+    torch.hub.tqdm = Bar  # its own would fill a log
     try:
         yield
     except Exception as error:  # as many kinds as there are ways to damage a file or to lose a network
@@ -234,4 +235,5 @@ def weights_advice(name: str, path: Path) -> Iterator[None]:
             f"figures compare only with each other."
         ) from None
     finally:
-        socket.setdefaulttimeout(before)
+        socket.setdefaulttimeout(before[0])
+        torch.hub.tqdm = before[1]

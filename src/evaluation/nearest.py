@@ -10,6 +10,7 @@ from torch import Tensor
 from src import noise
 from src.evaluation.picture_set import PictureSet
 from src.evaluation.report import Evaluation, optional, say
+from src.progress import Bar
 from src.utils import count, save_png, sheet
 
 CHUNK = 2048  # rows of the pool compared at a time: 100 MB as float32 at 64x64
@@ -33,7 +34,7 @@ def nearest(views: np.ndarray, pool: Any, count: int, device: torch.device) -> N
     centre = exact.mean()  # near 0 the squares that cancel below are small
     queries = (exact - centre).float().to(device)
     best, rows = torch.empty(views.shape[1], 0), torch.empty(views.shape[1], 0, dtype=torch.int64)
-    for start in range(0, len(pool), CHUNK):
+    for start in Bar(range(0, len(pool), CHUNK), desc="comparing", unit="chunk", leave=False):
         chunk = torch.from_numpy(np.array(pool[start : start + CHUNK])).to(device).flatten(1).float() - centre.float().item()
         squares = chunk.square().sum(1) - 2 * queries @ chunk.T + queries.square().sum(2, keepdim=True)
         squares, positions = squares.amin(0).topk(min(2 * n, len(chunk)), dim=1, largest=False)

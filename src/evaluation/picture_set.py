@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from src.data.decode import open_image, to_rgb
 from src.data.folder import READ, find_pictures, summary
+from src.progress import Bar
 from src.utils import UserError, atomic_file, reading
 
 BESIDE = ("grid.png", "labels.csv", "settings.json")  # what sample.py writes beside its folder images
@@ -80,7 +80,7 @@ def read_folder(path: Path, flag: str) -> PictureSet:
     if not files:
         raise UserError(f"{flag}: {path} holds no pictures, only {summary(passed_over) or 'nothing'}. {READ}.")
     pixels = np.empty((0, 0, 0, 0), dtype=np.uint8)
-    for i, entry in enumerate(tqdm(files, desc="reading", unit=" pictures", disable=None, leave=False)):
+    for i, entry in enumerate(Bar(files, desc="reading", unit=" picture", leave=False)):
         picture = np.asarray(to_rgb(open_image(entry.path))).transpose(2, 0, 1)
         if i == 0:
             pixels = np.empty((len(files), *picture.shape), dtype=np.uint8)

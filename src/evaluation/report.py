@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from src.dataset import Images
 from src.evaluation.picture_set import PictureSet, read_set
+from src.progress import Bar
 from src.runtime.build import open_images
 from src.runtime.device import describe, pick_device
 from src.runtime.distributed import World
@@ -103,7 +103,7 @@ class Evaluation:
         say("drawing", f"{count(number, 'picture')}: about {duration(pipeline.prepare(number, flags.batch_size))}")
         pixels = torch.zeros(number, *pipeline.shape, dtype=torch.uint8)
         steps = len(self.world.shard(range(0, number, flags.batch_size))) * pipeline.steps
-        with tqdm(total=steps, unit="step", disable=self.world.hides_bars, dynamic_ncols=True) as bar:
+        with Bar(total=steps, unit="step", disable=not self.world.is_main) as bar:
             for batch, images in pipeline.series(range(number), flags.batch_size, bar, partial(pipeline.start, flags.seed)):
                 pixels[batch[0] : batch[-1] + 1] = images
         return PictureSet(f"{flags.checkpoint}, drawn", self.world.sum(pixels).numpy())  # those of other processes are 0 here

@@ -41,7 +41,7 @@ class World:
             store, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
         except (ValueError, RuntimeError) as error:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            why = "the port is in use" if "EADDRINUSE" in str(error) else str(error).splitlines()[0]
+            why = "the port is in use" if "EADDRINUSE" in str(error) else str(error).splitlines()[0].rstrip(".")
             raise UserError(f"The processes cannot meet at {address}: {why}. {TORCHRUN}") from None
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it survives a restart and holds addresses of the dead
             store = dist.PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
@@ -56,11 +56,6 @@ class World:
     def is_main(self) -> bool:
         """Whether this process writes files and prints."""
         return self.rank == 0
-
-    @property
-    def hides_bars(self) -> bool | None:
-        """tqdm's `disable`: None shows bars on a terminal only, True is for the other processes."""
-        return None if self.is_main else True
 
     def local_batch_size(self, batch_size: int) -> int:
         """This process's number of images in a batch, the same in every process. Raises FlagError."""

@@ -8,6 +8,7 @@ import argparse
 import difflib
 import os
 import re
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -121,6 +122,11 @@ TRUTH |= {"nargs": "?", "const": True}  # --gif alone is --gif true
 def expected(kind: Mapping[str, Any]) -> str:
     *words, last = map(str, kind.get("choices") or [kind["type"].__name__])
     return f"{', '.join(words)} or {last}" if words else last
+
+
+def command_line(argv: Sequence[Any] | None) -> list[str]:
+    """What was typed behind the name of the script, or what a notebook hands to its main()."""
+    return sys.argv[1:] if argv is None else [str(word) for word in argv]
 
 
 class FlagParser(argparse.ArgumentParser):

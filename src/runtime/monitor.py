@@ -19,10 +19,10 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor, nn
 from torch.utils.tensorboard import summary
-from tqdm import tqdm
 
 from src.dataset import OBTAIN, TrainBatches, ValidationBatches
 from src.model import parameter_count
+from src.progress import Bar
 from src.runtime.device import peak_memory
 from src.runtime.distributed import World
 from src.runtime.flags import print_idle
@@ -30,7 +30,6 @@ from src.runtime.settings import Run, Settings, as_text, changed_from_defaults
 from src.utils import count, make_folders, printable, writing
 
 FEW_STEPS = 2000  # fewer in all are warned about
-SECONDS_PER_LINE = 60  # between lines of progress where there is no terminal for a bar
 
 
 class Meter:
@@ -141,10 +140,9 @@ class Monitor:
             with writing(self.log_path, "--log_path"):
                 self.events = EventFile(self.log_path, purge_step=first_step + 1)
                 self.events.table(first_step, "settings", asdict(settings))
-        options = dict(unit="step", smoothing=0, dynamic_ncols=True)  # the mean so far: validations count
-        self.bar = tqdm(total=last_step, initial=first_step, disable=world.hides_bars, **options)
+        options = dict(unit="step", smoothing=0)  # the mean so far: validations count
+        self.bar = Bar(total=last_step, initial=first_step, disable=self.events is None, **options)
         self.restart_clock(first_step)
-        self.line_clock = self.clock
 
     def restart_clock(self, step: int) -> None:
         """Leave what happened since the last point (saving, previews) out of the images per second."""
@@ -158,9 +156,6 @@ class Monitor:
         self.scalars(step, values | {"speed/images_per_second": speed, "speed/peak_memory_GiB": memory})
         figures = f"loss {values.get('loss/train', math.nan):.4f}, {speed:,.1f} images/s, {memory:.1f} GiB"
         self.bar.set_postfix_str(figures, refresh=False)
-        if self.bar.disable and now - self.line_clock > SECONDS_PER_LINE:
-            print(f"step {step:,} of {self.last_step:,}: {figures}", flush=True)
-            self.line_clock = now
         self.restart_clock(step)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
@@ -180,11 +175,7 @@ class Monitor:
 
     def track(self, task: str, items: Any) -> Iterable:
         """The items, with a bar of their own below the run's."""
-        return tqdm(items, desc=task, unit="batch", leave=False, disable=self.bar.disable, dynamic_ncols=True)
-
-    def say(self, text: str) -> None:
-        """A line above the bar."""
-        self.bar.write(text) if not self.bar.disable else print(text, flush=True)
+        return Bar(items, desc=task, unit="batch", leave=False, disable=self.events is None)
 
     def __enter__(self) -> "Monitor":
         return self

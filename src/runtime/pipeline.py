@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from src.classes import parse_classes
 from src.diffusion import Model
 from src.noise import PictureNoise
+from src.progress import Bar
 from src.runtime.build import build_diffusion, build_model
 from src.runtime.checkpoint import TO_DRAW, load_checkpoint, load_weights
 from src.runtime.device import InPrecision, compiled, pick_device, pick_precision, place, should_compile, synchronize
@@ -174,7 +174,7 @@ class Pipeline:
         self,
         indices: Sequence[int],
         batch_size: int,
-        bar: tqdm,
+        bar: Bar,
         start: Callable[[Sequence[int]], tuple[Noise, Tensor | None, Model]],
         frames: list | None = None,
     ) -> Iterator[tuple[Sequence[int], Tensor]]:
@@ -190,7 +190,7 @@ class Pipeline:
             yield batch, self.draw(*start(drawn), bar, frames if first == 0 else None)[: len(batch)]
 
     @torch.no_grad()
-    def draw(self, noise: Noise, y: Tensor | None, network: Model, bar: tqdm, frames: list | None = None) -> Tensor:
+    def draw(self, noise: Noise, y: Tensor | None, network: Model, bar: Bar, frames: list | None = None) -> Tensor:
         """One batch from noise(0), [B, C, S, S], as uint8."""
         path, denoiser = self.diffusion.path(self.steps, self.spacing), self.diffusion.denoiser(network, y, self.guidance)
         every = -(-self.steps // GIF_FRAMES)

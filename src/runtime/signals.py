@@ -1,7 +1,6 @@
-"""Ctrl-C, SIGTERM and a closed terminal stop a run where nothing is lost, and how the scripts end."""
+"""Ctrl-C, SIGTERM, a closed terminal and the signals of clusters stop a run where nothing is lost, and how the scripts end."""
 
 import contextlib
-import io
 import os
 import signal
 import sys
@@ -10,10 +9,11 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 from src.runtime.device import is_out_of_memory
-from src.runtime.distributed import World, lost_contact
+from src.runtime.distributed import World, from_environment, lost_contact
+from src.runtime.streams import unfailing_output
 from src.utils import UserError, remove_empty
 
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+SIGNALS = [getattr(signal, f"SIG{name}") for name in ("INT", "TERM", "HUP", "USR1", "USR2") if hasattr(signal, f"SIG{name}")]
 
 
 class StopRequest:
@@ -29,7 +29,6 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         self.process = os.getpid()
-        self.terminals = [handle for handle in (1, 2) if os.isatty(handle)]
         is_main_thread = threading.current_thread() is threading.main_thread()  # Python allows handlers there alone
         heeded = [number for number in SIGNALS if is_main_thread and signal.getsignal(number) is not signal.SIG_IGN]
         self.before = {number: signal.signal(number, self.note) for number in heeded}
@@ -63,17 +62,14 @@ class StopRequest:
         """The handler."""
         if os.getpid() != self.process:
             return  # a process that decodes images gets Ctrl-C as well: it ends with this one
-        if number == getattr(signal, "SIGHUP", None):  # a closed terminal would answer each line with an error
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            for handle in self.terminals:
-                os.dup2(nowhere, handle)
         is_second = self.signal is not None
         self.signal = number
         if not self.task or (is_second and number == signal.SIGINT):
             raise KeyboardInterrupt
         if not is_second:
             line = f"\n{signal.Signals(number).name}: finishing the {self.task}, then saving. A second Ctrl-C stops at once.\n"
-            os.write(2, line.encode())  # not print: the signal may have come in the middle of one
+            with contextlib.suppress(OSError):  # Ctrl-C has ended `| tee log` as well
+                os.write(2, line.encode())  # not print: the signal may have come in the middle of one
 
     def agree(self, world: World) -> bool:
         """Whether a signal came to any process of the job; then all stop."""
@@ -82,7 +78,7 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP: 128 + the signal, as shells report it."""
+        """128 + the signal, as shells report it: 130 for Ctrl-C, 143 for SIGTERM, 138 for SIGUSR1 on Linux."""
         return 128 + self.signal if self.signal else 0
 
 
@@ -93,14 +89,13 @@ def run_script(name: str, body: Callable[[StopRequest], None], out_of_memory: Ca
     out_of_memory: the advice for that case.   stopped: what is kept after a signal that ended the body at once.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large memory pages: 12% of a training step on a CPU
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # not so in a notebook
-            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot print
-    with StopRequest() as stop, contextlib.ExitStack() as at_end:
+    with unfailing_output(), StopRequest() as stop, contextlib.ExitStack() as at_end:
         at_end.callback(remove_empty)
         try:
             body(stop)
             return stop.exit_code
+        except SystemExit as end:  # of --help
+            return int(end.code or 0)
         except UserError as error:
             message, code = str(error), error.exit_code
         except ModuleNotFoundError as error:
@@ -116,7 +111,9 @@ def run_script(name: str, body: Callable[[StopRequest], None], out_of_memory: Ca
             message, code = f"{error}. Try --precision fp32; if that does not help, the weights are damaged or diverged.", 1
         except KeyboardInterrupt:
             message, code = stopped, stop.exit_code or 130
-        rank = int(os.environ.get("RANK") or 0)
+        rank = 0
+        with contextlib.suppress(UserError):  # which is the message then
+            rank = from_environment().rank
         if rank == 0 or code == 1:  # bad flags and signals reach all processes alike: once is enough
             print(f"{name}:{f' process {rank}:' if rank else ''} {message}", file=sys.stderr)
         return code

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import time
+from functools import partial
 
 from tests.runs import Process, Runner, differences, ended, signal_at
 from tests.runtime.faults import fault, kept, saved_run
@@ -47,6 +48,47 @@ def sigterm_in_validation(run):
 @fault("The terminal is closed (SIGHUP)")
 def sighup(run):
     return stopped_at_step_5(run, "SIGHUP")
+
+
+@fault("SIGUSR1, as a cluster sends it before the time is up")
+def sigusr1(run):
+    return stopped_at_step_5(run, "SIGUSR1")
+
+
+# Output that is lost, from the start or from step 3 on.
+READER_GONE = """
+import os, subprocess
+reader, writer = os.pipe()
+head = subprocess.Popen(["head", "-n", "1"], stdin=reader, stdout=subprocess.DEVNULL)
+os.close(reader), os.dup2(writer, 1), os.dup2(writer, 2), os.close(writer)
+"""
+DISK_FULL = "import os; os.dup2(full := os.open('/dev/full', os.O_WRONLY), 1), os.dup2(full, 2)"
+CLOSED = "import os, sys; sys.stdin = sys.stdout = sys.stderr = None; os.closerange(0, 3)"
+TERMINAL_GONE = """
+import os, src.dataset
+ours, theirs = os.openpty()
+os.dup2(theirs, 1), os.dup2(theirs, 2), os.close(theirs)
+draw = src.dataset.TrainBatches.__call__
+src.dataset.TrainBatches.__call__ = lambda self, step, micro: (step == 3 and os.close(ours), draw(self, step, micro))[1]
+"""
+
+
+@fault("Ctrl-C, where `tee` or `head` reads the output and is gone")
+def reader_gone(run):
+    process = run.start_train(READER_GONE + signal_at(4, 0, "SIGINT"), CACHE_PATH="cache", NUM_WORKERS=2).wait()
+    assert run.state()["step"] == 5
+    return process
+
+
+def ended_unheard(setup: str, run: Runner) -> Process:
+    process = run.start_train(setup, CACHE_PATH="cache", NUM_WORKERS=2, max_steps=10).wait()
+    assert run.state()["step"] == 10 and len(run.files("samples/*.png")) == 1
+    return process
+
+
+fault("The log's disk is full")(partial(ended_unheard, DISK_FULL))
+fault("stdout and stderr are closed (`>&- 2>&-`)")(partial(ended_unheard, CLOSED))
+fault("The terminal is gone, and no signal says so")(partial(ended_unheard, TERMINAL_GONE))
 
 
 SLOW_DECODING = """

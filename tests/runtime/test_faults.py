@@ -95,11 +95,6 @@ def test_a_signal_that_the_starter_ignores_stays_ignored_as_under_nohup(run):
     run.train("import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)" + signal_at(3, 0, "SIGHUP"), max_steps=5)
 
 
-def test_where_there_is_no_terminal_progress_is_told_in_lines(run):
-    said = run.train("import src.runtime.monitor; src.runtime.monitor.SECONDS_PER_LINE = 0", max_steps=6).out
-    assert re.search(r"(?m)^step 3 of 6: loss \d\.\d{4}, [\d,.]+ images/s, [\d.]+ GiB$", said)
-
-
 def test_a_step_that_is_not_finite_leaves_the_state_before_it(run):
     whole, bad = run.to("whole"), run.to("bad")
     whole.train(max_steps=13)

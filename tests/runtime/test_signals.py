@@ -24,10 +24,10 @@ def test_outside_a_task_a_signal_raises_at_once():
 def test_inside_a_task_it_waits_and_says_once_what_for(capfd):
     with StopRequest() as stop, stop.postponed("step"):
         with stop.postponed("validation"):
-            send("SIGTERM")
-            send("SIGTERM")
-        assert stop.agree(World()) and stop.exit_code == 143
-    assert capfd.readouterr().err.strip() == "SIGTERM: finishing the validation, then saving. A second Ctrl-C stops at once."
+            send("SIGUSR2")
+            send("SIGUSR2")
+        assert stop.agree(World()) and stop.exit_code == 128 + signal.SIGUSR2  # 140 on Linux
+    assert capfd.readouterr().err.strip() == "SIGUSR2: finishing the validation, then saving. A second Ctrl-C stops at once."
 
 
 def test_a_second_ctrl_c_raises(capfd):
@@ -87,6 +87,18 @@ def test_what_the_user_can_fix_ends_in_one_sentence_and_an_exit_code(capfd, erro
     assert run_script("train.py", body, lambda: "Less memory, please.", "Stopped.") == code
     said = capfd.readouterr().err
     assert says in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("world", ["RANK=first WORLD_SIZE=2", "RANK=3 WORLD_SIZE=1"])
+def test_a_process_whose_rank_says_nothing_speaks_for_itself(capfd, monkeypatch, world):
+    for pair in world.split():
+        monkeypatch.setenv(*pair.split("="))
+
+    def body(stop: StopRequest) -> None:
+        raise FlagError("Got 1.")
+
+    assert run_script("train.py", body, str, "") == 2
+    assert capfd.readouterr().err == "train.py: Got 1.\n"
 
 
 def test_a_bug_of_ours_is_a_traceback():
