@@ -8,9 +8,9 @@ Papers: DDPM = Ho et al. 2020, arXiv:2006.11239; iDDPM = Nichol & Dhariwal 2021,
 """
 
 # --- data -------------------------------------------------------------------------------------------
-DATASET = "tiny-imagenet"  # tiny-imagenet, cifar10, folder (own pictures), shapes (drawn by code), or your own (src/dataset.py)
+DATASET = "tiny-imagenet"  # tiny-imagenet, cifar10, cifar100, mnist, folder (own pictures), shapes, or yours (src/dataset.py)
 CLASSES = ""  # names, ids or indices of the classes to train on, "goldfish,n02279972,lemon"; empty: all of them
-DATA_PATH = "./data/tiny-imagenet-200"  # folder of the images; tiny-imagenet and cifar10 are downloaded if it is absent
+DATA_PATH = "./data/tiny-imagenet-200"  # folder of the images; those of a published dataset are downloaded if it is absent
 DATA_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"  # of tiny-imagenet, or of any mirror of it
 DATA_SIZE = 248100043  # bytes of that archive, checked after the download; 0 skips the check
 DATA_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"  # md5 of that archive, checked after the download; empty skips the check
@@ -66,8 +66,9 @@ CHECKPOINT_PATH = "./checkpoints"  # folder of latest.pth, best.pth, epoch_010.p
 OUTPUT_PATH = "./outputs"  # folder of samples/epoch_005.png, ...
 LOG_PATH = "./logs/tensorboard"  # folder of the TensorBoard events
 
-# Datasets with a source of their own, which stands in for DATA_PATH, DATA_URL, DATA_SIZE and DATA_MD5 above.
+# What stands in for DATA_PATH, DATA_URL, DATA_SIZE and DATA_MD5 above. A dataset without a row here lies in ./data/NAME.
 SOURCES = {
+    "tiny-imagenet": {}, "folder": {}, "shapes": {},
     "cifar10": dict(
         DATA_PATH="./data/cifar-10-batches-bin", DATA_URL="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
         DATA_SIZE=170052171, DATA_MD5="c32a1d4ab5d03f1284b67883e8d87530",
@@ -81,6 +82,13 @@ PRESETS = {
         CLASS_CONDITIONAL=True, BETA_SCHEDULE="cosine", PREDICTION="v", BATCH_SIZE=16, LEARNING_RATE=4e-3,
         LR_SCHEDULE="cosine", WARMUP_STEPS=100, EPOCHS=6, EMA_DECAY=0.99, VAL_IMAGES=500, NUM_SAMPLES=20, SAMPLE_EVERY=1,
         LOG_EVERY=20, RUN="demo",
+    ),
+    # MNIST, handwritten digits: grey, with their classes, on two CPU cores in ten minutes (docs/recipes.md).
+    "mnist": dict(
+        DATASET="mnist", IMAGE_SIZE=28, CHANNELS=1, HORIZONTAL_FLIP=False, UNET_DIM=16, DIM_MULTS=(1, 2, 4), NUM_RES_BLOCKS=1,
+        ATTENTION_RESOLUTIONS=(7,), CLASS_CONDITIONAL=True, BETA_SCHEDULE="cosine", PREDICTION="v", LEARNING_RATE=2e-3,
+        LR_SCHEDULE="cosine", WARMUP_STEPS=100, EPOCHS=2, EMA_DECAY=0.995, VAL_IMAGES=500, NUM_SAMPLES=20, SAMPLE_EVERY=1,
+        RUN="mnist",
     ),
     # Ten classes of Tiny ImageNet: goldfish, monarch, sulphur butterfly, ladybug, jellyfish, coral reef, lemon, orange, alp,
     # seashore.

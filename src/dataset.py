@@ -22,6 +22,7 @@ from src.classes import find_labels
 from src.data.cache import open_or_decode
 from src.data.cifar10 import CIFAR10, CIFAR_10
 from src.data.folder import ImageFolder
+from src.data.from_torchvision import from_torchvision
 from src.data.images import Images
 from src.data.shapes import Shapes
 from src.data.tiny_imagenet import TINY_IMAGENET, TinyImageNet
@@ -29,13 +30,16 @@ from src.utils import UserError, count
 
 # name -> function of (path, split "train" or "val", image_size) that gives a Dataset of (image, label).
 # An image is a PIL image, a uint8 array [H, W, 3], or a tensor [3, H, W], uint8 or float in [0, 1]; its size is free.
-# A class of your own is one line here, without random augmentation, because it is decoded once:
-#     "cifar100": lambda path, split, image_size: torchvision.datasets.CIFAR100(path, split == "train", download=True),
+# A dataset of your own is one line here, without random augmentation, because it is decoded once. Another of torchvision's:
+#     "fashion-mnist": from_torchvision("FashionMNIST"),
+# Its data lie in data/NAME, unless --data_path or a row of SOURCES in config.py says otherwise.
 # The Dataset may have `classes` (names by label), `class_ids`, and `fingerprint` (text that changes when the
 # images do; otherwise a few images are compared at each start).
 DATASETS: dict[str, Callable[[Any, str, int], Any]] = {
     "tiny-imagenet": lambda path, split, image_size: TinyImageNet(path, split),
     "cifar10": lambda path, split, image_size: CIFAR10(path, split),
+    "cifar100": from_torchvision("CIFAR100"),
+    "mnist": from_torchvision("MNIST"),
     "folder": lambda path, split, image_size: ImageFolder(path, split),
     "shapes": lambda path, split, image_size: Shapes(split, image_size),
 }

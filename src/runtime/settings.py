@@ -121,7 +121,7 @@ def resolve(config: ModuleType, argv: Sequence[str], dataset_names: Names = None
     typed = {name.upper(): value for name, value in flags.items()}
     changes = presets[of_run["preset"]] if "preset" in of_run else {}
     chosen, origin = constants | changes | typed, of_run.get("init_from")
-    dataset, own = chosen["DATASET"], sources.get(chosen["DATASET"], {})
+    dataset, own = chosen["DATASET"], source_of(chosen["DATASET"], constants, sources)
     network = network_of(Path(chosen["CHECKPOINT_PATH"], chosen["RUN"]), origin) if network_of and origin else {}
     settings = Settings(**constants | own | network | changes | typed)
     places = dict.fromkeys(constants, "config.py: ") | dict.fromkeys(own, IN_TABLE.format("SOURCES", dataset))
@@ -131,11 +131,17 @@ def resolve(config: ModuleType, argv: Sequence[str], dataset_names: Names = None
     return Run(settings, frozenset(typed), **of_run)
 
 
+def source_of(dataset: str, constants: Mapping[str, Any], sources: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """What stands in for the constants: the dataset's row of SOURCES. Without one it lies in ./data/NAME, unless it is the
+    dataset of config.py itself."""
+    return sources.get(dataset, {} if dataset == constants["DATASET"] else {"DATA_PATH": f"./data/{dataset}"})
+
+
 def train_flags(config: ModuleType, constants: Mapping[str, Any], presets: Mapping, sources: Mapping) -> FlagParser:
     """The flags of train.py: those of a run, then one for each constant, grouped as config.py is."""
     wrap = textwrap.TextWrapper(98, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
     listed = [
-        [title, *(wrap.fill(f"{name}: {as_flags(changes)}") for name, changes in table.items())]
+        [title, *(wrap.fill(f"{name}: {as_flags(changes)}") for name, changes in table.items() if changes)]
         for title, table in {"presets:": presets, "datasets with a source of their own:": sources}.items()
     ]
     parser = FlagParser(
@@ -276,7 +282,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[st
 def changed_from_defaults(settings: Settings, config: ModuleType) -> list[tuple[str, Any, Any]]:
     """(name, value in config.py for its dataset, value of this run) of each setting that a preset or a flag changed."""
     constants, _, sources = read_config(config)
-    return differences(constants | sources.get(settings.DATASET, {}), asdict(settings))
+    return differences(constants | source_of(settings.DATASET, constants, sources), asdict(settings))
 
 
 def settings_from_dict(saved: Mapping[str, Any]) -> Settings:

@@ -341,6 +341,12 @@ def no_network(run, server):
     return download(run, server, "", DATA_URL="http://127.0.0.1:9/a.zip")
 
 
+@fault("There is no network, for a dataset of torchvision")
+def no_network_for_torchvision(run):
+    setup = "from torchvision.datasets import MNIST; MNIST.mirrors = ['http://127.0.0.1:9/']"
+    return run.start_train(setup, DATASET="mnist", DATA_PATH="digits").wait()
+
+
 @fault("The server asks to wait for long")
 def http_later(run, server):
     return download(run, server, "later")

@@ -79,14 +79,16 @@ def test_a_flag_beats_a_preset_and_a_preset_beats_the_constant():
 
 
 def test_a_dataset_brings_its_source_which_presets_and_flags_beat():
-    sources = {"folder": dict(DATA_PATH="a", DATA_URL="http://b", DATA_SIZE=1)}
+    sources = {"folder": dict(DATA_PATH="a", DATA_URL="http://b", DATA_SIZE=1), "shapes": {}}
     module = config_with(DATASET="folder", DATA_PATH="c", SOURCES=sources, PRESETS={"mine": dict(DATA_URL="http://d")})
     run = resolve(module, ["--preset", "mine", "--data_size", "2"])
     assert (run.settings.DATA_PATH, run.settings.DATA_URL, run.settings.DATA_SIZE) == ("a", "http://d", 2)
     assert [name for name, _, _ in changed_from_defaults(run.settings, module)] == ["DATA_URL", "DATA_SIZE"]
-    for dataset in ("shapes", "tiny-imagenet"):
+    for dataset, path in {"shapes": "c", "mine": "./data/mine"}.items():  # one without a row has a folder of its own
         other = resolve(module, ["--dataset", dataset]).settings
-        assert other == replace(resolve(config_with(DATA_PATH="c"), []).settings, DATASET=dataset)
+        assert other == replace(resolve(config_with(DATA_PATH=path), []).settings, DATASET=dataset)
+        assert [name for name, _, _ in changed_from_defaults(other, module)] == ["DATASET"]
+    assert resolve(config_with(DATASET="mine", DATA_PATH="c"), []).settings.DATA_PATH == "c"
 
 
 @pytest.mark.parametrize(
@@ -315,7 +317,7 @@ def test_help_shows_each_constant_with_its_comment_and_default_and_what_a_preset
         value = as_flags({name: getattr(DEFAULTS, name)}).replace("=", " ").split(" ", 1)[1].replace("''", "none")
         assert comments[name][1] and "".join(f"{comments[name][1]}(default:{value})".split()) in entries[f"--{name.lower()}"]
     for name, changes in [*config.PRESETS.items(), *config.SOURCES.items()]:
-        assert f"{name}: {as_flags(changes)}" in " ".join(presets.split())
+        assert not changes or f"{name}: {as_flags(changes)}" in " ".join(presets.split())
 
 
 def test_a_comment_may_go_on_in_indented_lines_below(monkeypatch):
