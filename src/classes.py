@@ -1,43 +1,36 @@
 """Classes as people type them: names, ids and indices."""
 
 import difflib
+import re
 import unicodedata
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 from src.utils import FlagError, count, printable
 
-Words = tuple[str, ...]
 
-
-def words_of(text: str) -> Words:
+def words_of(text: str) -> tuple[str, ...]:
     """What stands between commas, as it is compared: Unicode NFC, white space at the ends gone, and elsewhere one space."""
     return tuple(" ".join(word.split()) for word in unicodedata.normalize("NFC", text).split(","))
-
-
-def index_of(word: str) -> int:
-    """ "17" and "index:17" -> 17, other words -> -1."""
-    number = word.removeprefix("index:")
-    return int(number) if number.isascii() and number.isdecimal() and len(number) < 1000 else -1
 
 
 def parse_classes(text: str, classes: Sequence[str], class_ids: Sequence[str], owner: str = "the checkpoint") -> list[int]:
     """ "goldfish,n02124075,17" -> labels; "all" -> every label. A class is a name, an id, or an index from 0, also index:17.
     Exact spelling goes before another case. Names may hold commas.   owner: what has the classes.
     Raises FlagError for a word that means no class, and for a text that can be read in several ways."""
-    exact: dict[Words, set[int]] = {}
-    any_case: dict[Words, set[int]] = {}
-    for label, pair in enumerate(zip(classes, class_ids)):
-        for name in pair:
-            exact.setdefault(words_of(name), set()).add(label)
-            any_case.setdefault(words_of(name.casefold()), set()).add(label)
+    exact: dict[tuple[str, ...], set[int]] = defaultdict(set)
+    any_case: dict[tuple[str, ...], set[int]] = defaultdict(set)
+    for label, names in enumerate(zip(classes, class_ids)):
+        for name in (*names, str(label), f"index:{label}"):
+            exact[words_of(name)].add(label)
+            any_case[words_of(name.casefold())].add(label)
     words, longest = words_of(text), max(map(len, exact))
     ways: list[list[list[int]]] = [[[]], *([] for _ in words)]  # [n]: labels that the first n words may mean
     for end in range(1, len(words) + 1):
         for start in range(max(0, end - longest), end):
             part = words[start:end]
             labels = exact.get(part) or any_case.get(words_of(",".join(part).casefold()), set())
-            labels = labels | ({index_of(part[0])} & set(range(len(classes))) if len(part) == 1 else set())
             ways[end] += [[*way, label] for way in ways[start] for label in sorted(labels)][:9]  # more are as bad
     found, every = sorted(ways[-1]), ["every class"] * (words_of(text.casefold()) == ("all",))
     if every and (words not in exact or len(classes) == 1):
@@ -49,14 +42,14 @@ def parse_classes(text: str, classes: Sequence[str], class_ids: Sequence[str], o
     if found:
         return found[0]
     word = words[max(n for n, known in enumerate(ways) if known)]
-    if index_of(word) >= 0:
-        many = count(len(classes), "class", "classes")
+    many = count(len(classes), "class", "classes")
+    if re.fullmatch("(index:)?(0|[1-9][0-9]*)", word):
         raise FlagError(f"--classes: got {word}, but {owner} has {many}, with the indices 0 to {len(classes) - 1}.")
     spelled = {name.casefold(): name for pair in zip(classes, class_ids) for name in pair}
     near = difflib.get_close_matches(word.casefold(), spelled, 3, cutoff=0.5)
     near += [name for name in spelled if word and word.casefold() in name][:3]
     meant = [spelled[name] for name in dict.fromkeys(near)]
-    there = f"there are {', '.join(classes[:10])}{', ...' if len(classes) > 10 else ''}"
+    there = f"it has {many}: {', '.join(classes[:10])}{', ...' if len(classes) > 10 else '.'}"
     advice = f"did you mean {', '.join(meant)}?" if meant else there
     raise FlagError(f"--classes: {owner} has no class {word!r}; {advice}")
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from src.fonts import font_of, own
+from src.fonts import font_of, opened
 
 
 class UserError(Exception):
@@ -214,7 +214,7 @@ def sheet(images: Tensor, names: Sequence[str] = (), columns: int | None = None,
         name = names[i] if names else ""
         left, top = i % columns * width + 2, i // columns * height + 2
         paper.paste(to_pil(image).resize((wide, high), Image.Resampling.NEAREST), (left, top))
-        font = font_of(name) or own()
+        font = font_of(name) or opened("")
         while len(name) > 1 and pen.textlength(name, font) > wide:
             name = name.removesuffix("…")[:-1] + "…"
         pen.text((left, top + high + 11), name, fill="white", font=font, anchor="ls")  # on one line in all fonts

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +52,7 @@ class Images:
         number = torch.full((len(self.classes),), -1)
         number[list(labels)] = torch.arange(len(labels))
         is_chosen = number[self.labels] >= 0
-        return replace(
-            self,
-            labels=number[self.labels[is_chosen]],
-            classes=[self.classes[label] for label in labels],
-            class_ids=[self.class_ids[label] for label in labels],
-            fingerprint=hashlib.sha256(f"{self.fingerprint} {list(labels)}".encode()).hexdigest()[:16],
-            rows=self.rows[is_chosen.numpy()],
-        )
+        digest = hashlib.sha256(f"{self.fingerprint} {list(labels)}".encode()).hexdigest()[:16]
+        classes, ids = ([names[label] for label in labels] for names in (self.classes, self.class_ids))
+        rows = self.rows[is_chosen.numpy()]
+        return Images(self.file, number[self.labels[is_chosen]], classes, ids, self.path, digest, rows)

@@ -20,7 +20,7 @@ from src.runtime.device import describe, pick_device
 from src.runtime.distributed import World
 from src.runtime.pipeline import Pipeline, duration
 from src.runtime.runs import choose_checkpoint
-from src.utils import UserError, atomic_file, count, make_folder, numbered, take_free, writing
+from src.utils import FlagError, UserError, atomic_file, count, make_folder, numbered, take_free, writing
 
 SPLITS = ("train", "val")
 
@@ -74,12 +74,16 @@ class Evaluation:
     @cache  # noqa: B019 (there is one Evaluation)
     def split(self, name: str) -> Images:
         """The split "train" or "val" of the checkpoint's dataset. Raises UserError if its classes are not those trained on."""
-        with self.world.main_process_first():
-            images = open_images(self.settings, name)
+        advice = "Name the data that it was trained on with --data_path."
+        try:
+            with self.world.main_process_first():
+                images = open_images(self.settings, name)
+        except FlagError as error:  # for CLASSES, which was not typed here
+            raise UserError(f"The checkpoint is of the classes {self.settings.CLASSES}. {error} {advice}") from None
         if (self.settings.CLASS_CONDITIONAL or self.settings.CLASSES) and images.classes != self.pipeline.classes:
             raise UserError(
                 f"The checkpoint was trained on {beginning(self.pipeline.classes)}, but the data at {self.settings.DATA_PATH} "
-                f"have {beginning(images.classes)}. Name the data that it was trained on with --data_path."
+                f"have {beginning(images.classes)}. {advice}"
             )
         return images
 

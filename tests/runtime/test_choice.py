@@ -16,13 +16,13 @@ CPU = ("--device", "cpu", "--precision", "fp32")
 COUNT = {"tiny-imagenet": 6, "cifar10": 10, "folder": 10}  # training pictures of a class
 
 
-def noise(seed, size=32):
-    return np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+def noise(seed):
+    return np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 
 
-def save(path, seed, size=32):
+def save(path, seed):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(noise(seed, size)).save(path)
+    Image.fromarray(noise(seed)).save(path)
 
 
 def make_data(kind, root):
@@ -51,11 +51,9 @@ def make_data(kind, root):
 @pytest.fixture(scope="module", params=COUNT)
 def data(request, tmp_path_factory):
     """(the settings of a dataset, how many training pictures a class has, the ids of its classes)"""
-    root = tmp_path_factory.mktemp("choice")
-    kind = request.param
+    root, kind = tmp_path_factory.mktemp("choice"), request.param
     settings = {"DATASET": kind, "DATA_PATH": make_data(kind, root / "data"), "CACHE_PATH": root / "cache", "BATCH_SIZE": 4}
-    settings["CLASS_CONDITIONAL"] = kind != "cifar10"
-    return settings, COUNT[kind], WNIDS if kind == "tiny-imagenet" else NAMES
+    return settings | {"CLASS_CONDITIONAL": kind != "cifar10"}, COUNT[kind], WNIDS if kind == "tiny-imagenet" else NAMES
 
 
 def test_a_run_trains_resumes_draws_and_is_measured_on_the_classes_chosen(run, data):
@@ -68,13 +66,11 @@ def test_a_run_trains_resumes_draws_and_is_measured_on_the_classes_chosen(run, d
     whole = run.to("whole").state()
     assert whole["classes"] == ["dog", "bird"] and whole["class_ids"] == [ids[3], ids[0]]
 
-    half, words = run.to("half"), f"index:3,{ids[0]}"
+    half = run.to("half")
     ended(half.start_train(signal_at(4, 0, "SIGTERM"), CLASSES="dog,bird", **settings), 128 + signal.SIGTERM)
-    kept = half.files("*.pth")
-    refused = half.train(CLASSES="bird,dog", code=1, **settings).err
-    assert "give its own classes, --classes dog,bird; " in refused and half.files("*.pth").keys() == kept.keys()
-    assert ("other classes" in half.train(CLASSES="", code=1, **settings).err) == labelled
-    half.train(CLASSES=words, **settings)  # spelled otherwise, they are the same
+    for others in ("bird,dog", ""):
+        assert "give its own classes, --classes dog,bird; " in half.train(CLASSES=others, code=1, **settings).err
+    half.train(CLASSES=f"index:3,{ids[0]}", **settings)  # spelled otherwise, they are the same
     assert differences(whole, half.state()) == []
 
     half.sample("--checkpoint", "checkpoints/best.pth", "--num_samples", 4, "--steps", 2, "--npz")
@@ -86,10 +82,7 @@ def test_a_run_trains_resumes_draws_and_is_measured_on_the_classes_chosen(run, d
     ended(half.start("evaluate.py", "--loss", "--nearest", 2, "--num_samples", 2, "--steps", 2, *CPU), 0)
     (report,) = half.folder.glob("outputs/evaluation/*.json")
     assert json.loads(report.read_text())["loss"]["held_out"] == pytest.approx(half.state("latest")["best_loss"], rel=1e-4)
-    assert (
-        f"2 samples and 2 validation pictures among {2 * count} training pictures"
-        in half.folder.joinpath("stdout.txt").read_text()
-    )
+    assert f"2 validation pictures among {2 * count} training pictures" in (half.folder / "stdout.txt").read_text()
     ended(half.start("export.py"), 0)
     assert "Classes, by label from 0: dog, bird." in (half.folder / "outputs/export/README.md").read_text()
 

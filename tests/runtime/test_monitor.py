@@ -102,10 +102,12 @@ def resolved(words):
         ("", 50_000, 6250, []),
         ("--preset demo", 3750, 625, []),
         ("--preset small", 18_000, 18, []),
+        ("--class_conditional", 50_000, 6250, ["There is one class, all, .*--class_conditional false"]),
     ],
 )
 def test_a_run_that_cannot_work_is_warned_about_with_what_to_type(words, last_step, steps_per_epoch, says):
-    warnings = warnings_of(resolved(words), last_step, steps_per_epoch)
+    classes = ["all"] if "class_conditional" in words else ["cat", "dog"]
+    warnings = warnings_of(resolved(words), last_step, steps_per_epoch, classes=classes)
     assert len(warnings) == len(says) and all(re.search(pattern, text) for pattern, text in zip(says, warnings))
 
 
