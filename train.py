@@ -46,7 +46,7 @@ from src.runtime.device import (
 from src.runtime.distributed import World
 from src.runtime.flags import command_line
 from src.runtime.folders import FolderLock, claim
-from src.runtime.monitor import Meter, Monitor, print_plan, print_summary
+from src.runtime.monitor import Meter, Monitor, print_plan, print_summary, work_of
 from src.runtime.resume import check_data, check_length, check_resume
 from src.runtime.settings import Run, Settings, resolve
 from src.runtime.signals import StopRequest, run_script
@@ -85,7 +85,8 @@ def train(run: Run, world: World, stop: StopRequest) -> None:
     network = compiled(parallel) if compiles else parallel
     networks = {"ema": InPrecision(ema.model, device, dtype), "raw": InPrecision(model, device, dtype)}
 
-    with Monitor(s, world, device, progress.step, last_step) as monitor, stop.postponed("step"):
+    work = work_of(s, world, batches, val_batches, last_step)
+    with Monitor(s, world, device, progress.step, last_step, work) as monitor, stop.postponed("step"):
         is_stopped = stop.agree(world)
         while progress.step < last_step and not is_stopped:
             step, lr = progress.step, learning_rate(s, progress.step, last_step)

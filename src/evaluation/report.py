@@ -14,11 +14,11 @@ import torch
 
 from src.dataset import Images
 from src.evaluation.picture_set import PictureSet, read_set
-from src.progress import Bar
+from src.progress import Bar, duration
 from src.runtime.build import open_images
 from src.runtime.device import describe, pick_device
 from src.runtime.distributed import World
-from src.runtime.pipeline import Pipeline, duration
+from src.runtime.pipeline import Pipeline
 from src.runtime.runs import choose_checkpoint
 from src.utils import FlagError, UserError, atomic_file, count, make_folder, numbered, take_free, writing
 
