@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from src import noise
+from src.classes import same_classes
 from src.dataset import DATASETS, Batch, DeviceImages, Images, ValidationBatches
 from src.diffusion import GaussianDiffusion
 from src.ema import EMA
@@ -154,7 +155,7 @@ def open_data(run: Run, world: World) -> tuple[dict | None, dict[str, Images]]:
     world.check_same(saved["step"] if saved else 0, "the step to go on from")
     world.check_same(len(data["train"]), "the number of training images")
     train_classes, val_classes = data["train"].classes, data["val"].classes
-    if s.CLASS_CONDITIONAL and train_classes != val_classes:
+    if s.CLASS_CONDITIONAL and not same_classes(train_classes, val_classes):
         raise UserError(
             f"{s.DATASET} has the classes {', '.join(train_classes[:9])} to train on and {', '.join(val_classes[:9])} to "
             f"validate. Give both the same ones in the same order, or train without them: --class_conditional false."

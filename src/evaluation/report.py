@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from src.classes import same_classes
 from src.dataset import Images
 from src.evaluation.picture_set import PictureSet, read_set
 from src.progress import Bar, duration
@@ -80,7 +81,8 @@ class Evaluation:
                 images = open_images(self.settings, name)
         except FlagError as error:  # for CLASSES, which was not typed here
             raise UserError(f"The checkpoint is of the classes {self.settings.CLASSES}. {error} {advice}") from None
-        if (self.settings.CLASS_CONDITIONAL or self.settings.CLASSES) and images.classes != self.pipeline.classes:
+        is_told = self.settings.CLASS_CONDITIONAL or self.settings.CLASSES
+        if is_told and not same_classes(images.classes, self.pipeline.classes):
             raise UserError(
                 f"The checkpoint was trained on {beginning(self.pipeline.classes)}, but the data at {self.settings.DATA_PATH} "
                 f"have {beginning(images.classes)}. {advice}"
