@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +24,12 @@ import torch
 from torch import Tensor
 
 from src.noise import PictureNoise, slerp
-from src.progress import Bar, duration
+from src.progress import Bar
 from src.runtime.device import describe
 from src.runtime.distributed import World
 from src.runtime.flags import CLASSES, PATH, TRUTH, FlagParser, command_line, kind, number, whole
 from src.runtime.folders import BESIDE, next_folder, picture_folder, pictures_of
-from src.runtime.pipeline import Pipeline, add_drawing_flags, check_drawing_flags
+from src.runtime.pipeline import Pipeline, add_drawing_flags, check_drawing_flags, duration
 from src.runtime.runs import add_checkpoint_flags, choose_checkpoint, tell
 from src.runtime.settings import KINDS
 from src.runtime.signals import StopRequest, run_script
@@ -278,8 +277,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     def body(stop: StopRequest) -> None:
         flags = read_flags(command_line(argv))
         if flags.about:
-            tell(flags, import_module("config") if find_spec("config") else None)
-            return
+            config = None
+            with contextlib.suppress(Exception):  # of any kind: it is the user's file
+                config = import_module("config")
+            return tell(flags, config)
         with World.join() as world:
             sample(flags, world)
 

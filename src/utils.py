@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import count as count_from
 from pathlib import Path
 from typing import IO, Any
@@ -147,25 +147,16 @@ def remove_empty() -> None:
                 (path.rmdir if path.is_dir() else path.unlink)()
 
 
-def make_folder(folder: Path, flag: str) -> None:
-    """Make a folder and check that files can be written there. Raises UserError as `writing` does."""
-    with writing(folder, flag):
-        make_folders(folder)
-        probe = folder / f".probe.part-{secrets.token_hex(4)}"
-        probe.touch()
-        probe.unlink()
-
-
-def take_free(names: Iterable[Path], is_folder: bool = False) -> Path:
+def take_free(names: Iterator[Path], is_folder: bool = False) -> Path:
     """Make the first of these names that nothing has, an empty file or folder, and return it. A name is taken by making it: of
     several processes that look at once each gets one of its own. Raises OSError."""
-    for path in names:
+    while True:
+        path = next(names)
         make_folders(path.parent)
         with contextlib.suppress(FileExistsError):
             path.mkdir() if is_folder else path.touch(exist_ok=False)
             MADE.append(path.absolute())
             return path
-    raise AssertionError("names without an end were expected")
 
 
 def numbered(path: Path) -> Iterator[Path]:

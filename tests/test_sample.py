@@ -149,17 +149,8 @@ def test_a_series_goes_on_where_it_stands_and_everything_beside_it_covers_all_of
 
 def test_another_checkpoint_is_another_setting(run, sample, trained):
     sample()
-    words = [
-        "--checkpoint",
-        trained.folder / "checkpoints" / "epoch_002.pth",
-        "--output_dir",
-        "drawn",
-        "--num_samples",
-        5,
-        "--precision",
-        "fp32",
-    ]
-    assert "(weights " in run.sample(*words, "--steps", 3, code=1).err
+    another = trained.folder / "checkpoints/epoch_002.pth"
+    assert "(weights " in sample("--checkpoint", another, code=1).err
 
 
 def test_overwrite_removes_what_sample_py_drew_and_nothing_else(run, sample):

@@ -147,7 +147,7 @@ def receive(url: str, part: Path, size: int, timeout: tuple[float, float], heade
 
 
 def get(url: str, **options: Any) -> requests.Response:
-    """requests.get, which lets plain OSErrors of its own through: of a file with certificates that is not there, for one."""
+    """requests.get. It lets an OSError of its own through, of a bundle of certificates that is gone: no fault of our file."""
     try:
         return requests.get(url, **options)
     except requests.RequestException:

@@ -12,16 +12,15 @@ from typing import Any
 
 import torch
 
-from src.classes import same_classes
 from src.dataset import Images
 from src.evaluation.picture_set import PictureSet, read_set
-from src.progress import Bar, duration
+from src.progress import Bar
 from src.runtime.build import open_images
 from src.runtime.device import describe, pick_device
 from src.runtime.distributed import World
-from src.runtime.pipeline import Pipeline
+from src.runtime.pipeline import Pipeline, duration
 from src.runtime.runs import choose_checkpoint
-from src.utils import FlagError, UserError, atomic_file, count, make_folder, numbered, take_free, writing
+from src.utils import FlagError, UserError, atomic_file, count, numbered, take_free, writing
 
 SPLITS = ("train", "val")
 
@@ -44,8 +43,6 @@ class Evaluation:
             self.settings = replace(s, **{name: value for name, value in given.items() if value})
             self.cache = Path(self.settings.CACHE_PATH)
         self.device = self.pipeline.device if self.pipeline else pick_device(flags.device, world.local_rank)
-        self.folder = Path(flags.output_dir or Path("outputs", flags.run, "evaluation"))
-        make_folder(self.folder, "--output_dir")
         self.network: Any = None  # FeatureNetwork, in the main process
         self.report: dict[str, Any] = {"protocol": self.protocol()}
 
@@ -59,13 +56,12 @@ class Evaluation:
             found["dataset"] = f"{s.DATASET}, {s.IMAGE_SIZE}x{s.IMAGE_SIZE}"
         return found
 
-    @cached_property
-    def out(self) -> Path:
-        """The JSON of this call, whose name is taken when it is first asked for; other files are named after it."""
-        measured = self.flags.checkpoint if self.flags.samples is None or not self.flags.fid else self.flags.samples
-        name = f"{Path(measured).absolute().stem}-{time.strftime('%Y%m%d-%H%M%S')}.json"
-        with writing(self.folder, "--output_dir"):
-            return take_free(numbered(self.folder / name))
+    def open(self) -> None:
+        """Take a name for the JSON of this call; other files are named after it. Raises UserError."""
+        flags, folder = self.flags, Path(self.flags.output_dir or Path("outputs", self.flags.run, "evaluation"))
+        stem = Path(flags.checkpoint if flags.samples is None or not flags.fid else flags.samples).absolute().stem
+        with writing(folder, "--output_dir"):
+            self.out = take_free(numbered(folder / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}.json"))
 
     @cached_property
     def curves(self) -> Path:
@@ -81,8 +77,7 @@ class Evaluation:
                 images = open_images(self.settings, name)
         except FlagError as error:  # for CLASSES, which was not typed here
             raise UserError(f"The checkpoint is of the classes {self.settings.CLASSES}. {error} {advice}") from None
-        is_told = self.settings.CLASS_CONDITIONAL or self.settings.CLASSES
-        if is_told and not same_classes(images.classes, self.pipeline.classes):
+        if (self.settings.CLASS_CONDITIONAL or self.settings.CLASSES) and images.classes != self.pipeline.classes:
             raise UserError(
                 f"The checkpoint was trained on {beginning(self.pipeline.classes)}, but the data at {self.settings.DATA_PATH} "
                 f"have {beginning(images.classes)}. {advice}"

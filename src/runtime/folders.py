@@ -13,41 +13,41 @@ from pathlib import Path
 from typing import IO, Any
 
 from src.runtime.distributed import World
-from src.utils import UserError, atomic_file, make_folder, reading, reason, take_free, writing
+from src.utils import UserError, atomic_file, make_folders, reading, reason, take_free, writing
 
 BESIDE = ("grid.png", "labels.csv", "samples.npz", "denoising.gif", "interpolation.png", "interpolation.gif")
 RUNS = Path("checkpoints")
+LOCK = ".ddpm.lock"  # not .lock: pictures may be drawn into a folder of another program
 SHIPPED = [Path(__file__).parents[2] / "docs" / name for name in ("nature.pth", "shapes.pth")]
 
 
-def checkpoints_of_runs() -> list[Path]:
-    """One checkpoint of each run there is: best.pth before latest.pth before others."""
+def known_checkpoints() -> list[Path]:
+    """One checkpoint of each run there is, best.pth before latest.pth before others, and those that ship with the program."""
     found = [[folder / "best.pth", folder / "latest.pth", *folder.glob("*.pth")] for folder in [RUNS, *sorted(RUNS.glob("*"))]]
-    return [next(path for path in paths if path.exists()) for paths in found if paths[2:]]
+    of_runs = [next(path for path in paths if path.exists()) for paths in found if paths[2:]]
+    shipped = [file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file for file in SHIPPED if file.exists()]
+    return [*of_runs, *shipped]
 
 
 def no_checkpoint(path: Path) -> str:
-    """What to say where there is none: which others there are, beside it, of the runs, and with the program."""
-    shipped = [Path(os.path.relpath(file) if file.is_relative_to(Path.cwd()) else file) for file in SHIPPED if file.exists()]
-    others = dict.fromkeys([*sorted(path.parent.glob("*.pth")), *checkpoints_of_runs(), *shipped])
-    listed = ", ".join(shlex.quote(str(other)) for other in list(others)[:8])
+    """What to say where there is none: which others there are, beside it and elsewhere."""
+    others = [shlex.quote(str(other)) for other in dict.fromkeys([*sorted(path.parent.glob("*.pth")), *known_checkpoints()])]
     advice = ["Run 'python train.py' first"] if path == RUNS / "best.pth" or not others else []  # it was no run by name
-    advice += [f"{'or choose' if advice else 'Choose'} one of: {listed}"] if others else []
+    advice += [f"{'or choose' if advice else 'Choose'} one of: {', '.join(others[:8])}"] if others else []
     return f"No checkpoint at {path}. {', '.join(advice)}."
 
 
 class FolderLock:
     """`with FolderLock(folder, flag):` makes the folder and holds it until the block ends or the process dies. The operating
-    system keeps the lock, not the file `.lock`. flag: the setting that named the folder, way_out: another folder, for messages.
+    system keeps the lock, not the file. flag: the setting that named the folder, way_out: another folder, for messages.
     Raises UserError while another process has it, or without write permission."""
 
     def __init__(self, folder: Path, flag: str, way_out: str = "give this one a name: --run NAME"):
-        self.folder, self.flag, self.way_out = folder, flag, way_out
-        self.path = folder / ".lock"
+        self.folder, self.flag, self.way_out, self.path = folder, flag, way_out, folder / LOCK
 
     def __enter__(self) -> "FolderLock":
-        make_folder(self.folder, self.flag)
-        with writing(self.path, self.flag):
+        with writing(self.folder, self.flag):
+            make_folders(self.folder)
             self.file = open(self.path, "a+", encoding="utf-8")
         try:
             take(self.file)
@@ -109,7 +109,7 @@ def claim(folder: Path, checkpoints: Path, saved_in: Path | None) -> None:
 def is_kept(checkpoints: Path) -> bool:
     """Whether there are checkpoints in the folder of a run, or a process that holds it and may yet save some."""
     try:
-        with open(checkpoints / ".lock", "r+", encoding="utf-8") as file:
+        with open(checkpoints / LOCK, "r+", encoding="utf-8") as file:
             take(file)
     except (BlockingIOError, PermissionError):
         return True
@@ -182,9 +182,9 @@ def picture_folder(out: Path, about: dict[str, Any], facts: dict[str, Any], over
             changed = ", ".join(f"{name} {before.get(name, 'none')} -> {about.get(name, 'none')}" for name in names)
             advice = "Choose another --output_dir, or remove them with --overwrite."
             raise UserError(f"{out} holds pictures drawn with other settings ({changed}). {advice}")
-        make_folder(images, "--output_dir")
         remove_parts(images)
         with writing(out, "--output_dir"):
+            make_folders(images)
             for path in ours if overwrite else []:
                 path.unlink()
             with atomic_file(file) as part:

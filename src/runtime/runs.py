@@ -10,7 +10,7 @@ from typing import Any
 
 from src.runtime.checkpoint import TO_DRAW, load_checkpoint
 from src.runtime.flags import PATH, RUN
-from src.runtime.folders import RUNS, checkpoints_of_runs
+from src.runtime.folders import RUNS, known_checkpoints
 from src.runtime.settings import as_flags, changed_from_defaults
 from src.utils import FlagError, count, reading
 
@@ -42,9 +42,8 @@ def choose_checkpoint(flags: Namespace) -> None:
 def tell(flags: Namespace, config: ModuleType | None) -> None:
     """Print what the checkpoint holds; without --checkpoint and --run, which runs there are. config: config.py, if any."""
     if not flags.checkpoint and not flags.run:
-        for path in checkpoints_of_runs():
-            date = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
-            print(f"{path.parent.name if path.parent != RUNS else 'no name':<20} {path} of {date}")
+        for path in known_checkpoints():
+            print(path, "of", time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime)))
         return print("python sample.py --run NAME --about tells more, as does --checkpoint PATH --about")
     choose_checkpoint(flags)
     state = load_checkpoint(Path(flags.checkpoint), TO_DRAW, mmap=True)
@@ -58,6 +57,6 @@ def tell(flags: Namespace, config: ModuleType | None) -> None:
         "data": f"{s.DATASET}, {s.IMAGE_SIZE}x{s.IMAGE_SIZE}{images}",
         "classes": f"{len(classes)}{'' if s.CLASS_CONDITIONAL else ', not used'}: {', '.join(classes[:20])}",
         "network": f"{sum(weight.numel() for weight in state['ema'].values()):,} parameters",
-        "settings": f"other than in config.py: {as_flags(changed)}" if changed else "as in config.py",
+        "settings": f"other than in config.py: {as_flags(changed)}" if changed else "as in config.py" if config else "",
     }.items():
         print(f"{title:<11}{words}")

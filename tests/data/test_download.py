@@ -240,6 +240,9 @@ def test_a_certificate_that_is_not_trusted_and_a_proxy_say_their_reason(server, 
     monkeypatch.setenv("no_proxy", "")
     with pytest.raises(UserError, match=r"no connection through the proxy \(.*(501|Tunnel)"):
         fetch("https://example.invalid/a.zip", tmp_path / "a.zip", attempts=1, **QUICK)
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/gone/ca.pem")
+    with pytest.raises(UserError, match=r"^https://localhost/a.zip: .*/gone/ca.pem\. To do it by hand"):
+        fetch("https://localhost/a.zip", tmp_path / "a.zip", **QUICK)
 
 
 def test_a_full_disk_is_told_before_and_a_bad_place_at_once(server, tmp_path, monkeypatch):

@@ -118,10 +118,10 @@ def test_latest_keeps_one_predecessor(tmp_path, settings):
 
 def test_what_a_killed_run_left_half_written_is_removed_and_nothing_else(tmp_path):
     mine = [".mail.part-1", ".my.part-of-it", "latest.pth", "notes.part-1"]
-    for name in (".latest.pth.part-0f17ab42", ".latest.previous.pth.part-link", ".lock", *mine):
+    for name in (".latest.pth.part-0f17ab42", ".latest.previous.pth.part-link", ".ddpm.lock", *mine):
         (tmp_path / name).touch()
     with FolderLock(tmp_path, "--checkpoint_path"):
-        assert sorted(os.listdir(tmp_path)) == sorted([".lock", *mine])
+        assert sorted(os.listdir(tmp_path)) == sorted([".ddpm.lock", *mine])
     assert sorted(os.listdir(tmp_path)) == mine, "and the lock goes with the run"
 
 
@@ -370,7 +370,7 @@ def test_a_picture_that_went_between_a_run_and_its_resume_is_noticed_and_a_new_b
 
 def test_the_lock_is_free_again_once_its_process_is_gone_however_it_went(run):
     first = run.start_train(signal_at(3, 0, "SIGSTOP"))
-    first.wait(lambda: (run.folder / "checkpoints/.lock").exists() and "saves to" in first.out)
+    first.wait(lambda: (run.folder / "checkpoints/.ddpm.lock").exists() and "saves to" in first.out)
     refused = run.train(code=1).err
     assert f"in use by process {first.pid} on " in refused
     first.send(9)
@@ -380,4 +380,4 @@ def test_the_lock_is_free_again_once_its_process_is_gone_however_it_went(run):
 
 def test_a_lock_and_a_folder_are_made_on_first_use(tmp_path):
     with FolderLock(tmp_path / "deep" / "folder", "--checkpoint_path"):
-        assert f"process {os.getpid()} on " in (tmp_path / "deep/folder/.lock").read_text()
+        assert f"process {os.getpid()} on " in (tmp_path / "deep/folder/.ddpm.lock").read_text()
