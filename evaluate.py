@@ -24,11 +24,11 @@ from src.dataset import DeviceImages
 from src.evaluation import likelihood
 from src.evaluation.nearest import measure_nearest
 from src.evaluation.report import Evaluation, conclusions, say
-from src.progress import Bar
+from src.progress import Bar, duration
 from src.runtime.build import build_validation
 from src.runtime.distributed import World
 from src.runtime.flags import CLASSES, PATH, TRUTH, FlagParser, Kind, command_line, number, print_idle, whole
-from src.runtime.pipeline import add_drawing_flags, check_drawing_flags, duration
+from src.runtime.pipeline import add_drawing_flags, check_drawing_flags
 from src.runtime.runs import add_checkpoint_flags
 from src.runtime.settings import KINDS
 from src.runtime.signals import StopRequest, run_script

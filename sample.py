@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from src.noise import PictureNoise, slerp
-from src.progress import Bar
+from src.progress import Bar, duration
 from src.runtime.device import describe
 from src.runtime.distributed import World
 from src.runtime.flags import CLASSES, PATH, TRUTH, FlagParser, command_line, kind, number, whole
 from src.runtime.folders import BESIDE, next_folder, picture_folder, pictures_of
-from src.runtime.pipeline import Pipeline, add_drawing_flags, check_drawing_flags, duration
+from src.runtime.pipeline import Pipeline, add_drawing_flags, check_drawing_flags
 from src.runtime.runs import add_checkpoint_flags, choose_checkpoint, tell
 from src.runtime.settings import KINDS
 from src.runtime.signals import StopRequest, run_script

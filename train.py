@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from src import noise
+from src.classes import same_classes
 from src.dataset import DATASETS, Batch, DeviceImages, Images, ValidationBatches
 from src.diffusion import GaussianDiffusion
 from src.ema import EMA
@@ -46,7 +47,7 @@ from src.runtime.device import (
 from src.runtime.distributed import World
 from src.runtime.flags import command_line
 from src.runtime.folders import FolderLock, claim
-from src.runtime.monitor import Meter, Monitor, print_plan, print_summary
+from src.runtime.monitor import Meter, Monitor, print_plan, print_summary, work_of
 from src.runtime.resume import check_data, check_length, check_resume
 from src.runtime.settings import Run, Settings, resolve
 from src.runtime.signals import StopRequest, run_script
@@ -85,7 +86,8 @@ def train(run: Run, world: World, stop: StopRequest) -> None:
     network = compiled(parallel) if compiles else parallel
     networks = {"ema": InPrecision(ema.model, device, dtype), "raw": InPrecision(model, device, dtype)}
 
-    with Monitor(s, world, device, progress.step, last_step) as monitor, stop.postponed("step"):
+    work = work_of(s, world, batches, val_batches, last_step)
+    with Monitor(s, world, device, progress.step, last_step, work) as monitor, stop.postponed("step"):
         is_stopped = stop.agree(world)
         while progress.step < last_step and not is_stopped:
             step, lr = progress.step, learning_rate(s, progress.step, last_step)
@@ -153,7 +155,7 @@ def open_data(run: Run, world: World) -> tuple[dict | None, dict[str, Images]]:
     world.check_same(saved["step"] if saved else 0, "the step to go on from")
     world.check_same(len(data["train"]), "the number of training images")
     train_classes, val_classes = data["train"].classes, data["val"].classes
-    if s.CLASS_CONDITIONAL and train_classes != val_classes:
+    if s.CLASS_CONDITIONAL and not same_classes(train_classes, val_classes):
         raise UserError(
             f"{s.DATASET} has the classes {', '.join(train_classes[:9])} to train on and {', '.join(val_classes[:9])} to "
             f"validate. Give both the same ones in the same order, or train without them: --class_conditional false."

@@ -15,6 +15,11 @@ def words_of(text: str) -> tuple[str, ...]:
     return tuple(" ".join(word.split()) for word in unicodedata.normalize("NFC", text).split(","))
 
 
+def same_classes(some: Sequence[str], others: Sequence[str]) -> bool:
+    """Whether both lists have the same names: a Mac may compose a letter otherwise than the machine that the data came from."""
+    return [*map(words_of, some)] == [*map(words_of, others)]
+
+
 def parse_classes(text: str, classes: Sequence[str], class_ids: Sequence[str], owner: str = "the checkpoint") -> list[int]:
     """ "goldfish,n02124075,17" -> labels; "all" -> every label. A class is a name, an id, or an index from 0, also index:17.
     Exact spelling goes before another case. Names may hold commas.   owner: what has the classes.

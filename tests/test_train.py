@@ -193,7 +193,8 @@ def test_points_stand_where_the_settings_say(trained):
     assert curves["progress/epoch"] == [(10, 1.0), (20, 2.0), (30, 3.0)]
     assert [step for step, _ in grids["samples/ema"]] == [step for step, _ in grids["samples/raw"]] == [20, 30]
     settings = trained.events().Tensors("settings/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert "| UNET_DIM | 8 |" in settings
+    assert "| --unet_dim | 8 |" in settings and "| --class_conditional | false |" in settings
+    assert "| --epochs | 3 |" in settings and "_path" not in settings and "--data_url" not in settings
 
 
 def test_the_loss_is_the_mean_of_its_quarters(run):

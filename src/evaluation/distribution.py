@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import pickle
 import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,6 @@ from src import noise
 from src.evaluation.picture_set import PictureSet, write_npz
 from src.evaluation.report import Evaluation, optional, say
 from src.progress import Bar
-from src.runtime.pipeline import duration
 from src.utils import UserError, atomic_file, count, make_folders
 
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"  # of the published weights
@@ -160,12 +158,8 @@ class FeatureNetwork:
         parts = []
         with Bar(total=len(pictures), desc=f"features of {pictures.name}", unit=" picture") as bar:
             for start in range(0, len(pictures), batch_size):
-                began = time.perf_counter()
                 batch = torch.from_numpy(np.array(pictures.pixels[start : start + batch_size])).expand(-1, 3, -1, -1)
                 parts.append([output.cpu() for output in self.module(batch.to(self.device))])
-                if start == batch_size:  # the second, because the first one allocates and picks kernels
-                    seconds = (time.perf_counter() - began) * (len(pictures) - start) / len(batch)
-                    say("features", f"of {pictures.name}, by {self.name}: about {duration(seconds)}")
                 bar.update(len(batch))
         found = dict(zip(self.module.features_list, map(torch.cat, zip(*parts))))
         found |= {name: torch.from_numpy(x) for name, x in fid_features_to_statistics(found[self.layers["fid"]]).items()}

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
+from src.classes import same_classes
 from src.dataset import Images
 from src.evaluation.picture_set import PictureSet, read_set
-from src.progress import Bar
+from src.progress import Bar, duration
 from src.runtime.build import open_images
 from src.runtime.device import describe, pick_device
 from src.runtime.distributed import World
-from src.runtime.pipeline import Pipeline, duration
+from src.runtime.pipeline import Pipeline
 from src.runtime.runs import choose_checkpoint
 from src.utils import FlagError, UserError, atomic_file, count, numbered, take_free, writing
 
@@ -77,7 +78,8 @@ class Evaluation:
                 images = open_images(self.settings, name)
         except FlagError as error:  # for CLASSES, which was not typed here
             raise UserError(f"The checkpoint is of the classes {self.settings.CLASSES}. {error} {advice}") from None
-        if (self.settings.CLASS_CONDITIONAL or self.settings.CLASSES) and images.classes != self.pipeline.classes:
+        is_told = self.settings.CLASS_CONDITIONAL or self.settings.CLASSES
+        if is_told and not same_classes(images.classes, self.pipeline.classes):
             raise UserError(
                 f"The checkpoint was trained on {beginning(self.pipeline.classes)}, but the data at {self.settings.DATA_PATH} "
                 f"have {beginning(images.classes)}. {advice}"

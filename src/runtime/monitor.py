@@ -22,10 +22,11 @@ from torch.utils.tensorboard import summary
 
 from src.dataset import OBTAIN, TrainBatches, ValidationBatches
 from src.model import parameter_count
-from src.progress import Bar
+from src.progress import Bar, Work
 from src.runtime.device import peak_memory
 from src.runtime.distributed import World
 from src.runtime.flags import print_idle
+from src.runtime.resume import FREE
 from src.runtime.settings import Run, Settings, as_text, changed_from_defaults
 from src.utils import count, make_folders, printable, writing
 
@@ -132,16 +133,16 @@ class Monitor:
     A run resumed after `first_step` steps hides what an earlier one wrote past it.
     """
 
-    def __init__(self, settings: Settings, world: World, device: torch.device, first_step: int, last_step: int):
-        self.log_path, self.last_step, self.device = settings.folder("LOG_PATH"), last_step, device
-        self.images_per_step = settings.BATCH_SIZE * settings.GRAD_ACCUM_STEPS
+    def __init__(self, s: Settings, world: World, device: torch.device, first_step: int, last_step: int, work: Work = float):
+        self.log_path, self.device = s.folder("LOG_PATH"), device
+        self.images_per_step = s.BATCH_SIZE * s.GRAD_ACCUM_STEPS
         self.events: EventFile | None = None
         if world.is_main:
             with writing(self.log_path, "--log_path"):
                 self.events = EventFile(self.log_path, purge_step=first_step + 1)
-                self.events.table(first_step, "settings", asdict(settings))
-        options = dict(unit="step", smoothing=0)  # the mean so far: validations count
-        self.bar = Bar(total=last_step, initial=first_step, disable=self.events is None, **options)
+                kept = {name: value for name, value in asdict(s).items() if name not in FREE - {"EPOCHS", "PRECISION"}}
+                self.events.table(first_step, "settings", {f"--{name.lower()}": as_text(value) for name, value in kept.items()})
+        self.bar = Bar(total=last_step, initial=first_step, unit="step", disable=self.events is None, work=work)
         self.restart_clock(first_step)
 
     def restart_clock(self, step: int) -> None:
@@ -150,8 +151,7 @@ class Monitor:
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """A point of every curve after `step` steps, and the bar's figures."""
-        now = time.perf_counter()
-        speed = (step - self.clock_step) * self.images_per_step / max(now - self.clock, 1e-9)
+        speed = (step - self.clock_step) * self.images_per_step / max(time.perf_counter() - self.clock, 1e-9)
         memory = peak_memory(self.device)
         self.scalars(step, values | {"speed/images_per_second": speed, "speed/peak_memory_GiB": memory})
         figures = f"loss {values.get('loss/train', math.nan):.4f}, {speed:,.1f} images/s, {memory:.1f} GiB"
@@ -187,6 +187,20 @@ class Monitor:
                 self.events.close()
 
 
+def work_of(s: Settings, world: World, batches: TrainBatches, val_batches: ValidationBatches, last_step: int) -> Work:
+    """What the first n steps cost this process, in network calls on one image: a training image costs three, a validation one
+    for each draw, a preview one for each step of each picture of both networks. The time to go follows from it."""
+    every, draws = s.VAL_EVERY * batches.steps_per_epoch, sum(map(len, val_batches.draws))
+    sheets = 2 * s.NUM_SAMPLES * min(s.PREVIEW_STEPS, s.TIME_STEPS) * (1 if s.guidance in (0, 1) else 2)
+
+    def work(n: float) -> float:
+        validations, is_over = (n - 1) // every, n >= last_step  # the validation after step n itself is still to come
+        previews = min(validations, validations * s.VAL_EVERY // s.SAMPLE_EVERY) + is_over
+        return (3 * n * batches.images_per_step + previews * sheets) / world.size + (validations + is_over) * draws
+
+    return work
+
+
 def print_plan(
     run: Run,
     config: ModuleType,
@@ -218,10 +232,10 @@ def print_plan(
         "logs in": s.folder("LOG_PATH").resolve(),
     }.items():
         if text:
-            print(f"{title:<9} {text}", flush=True)
+            print(f"{title:<9} {text}")
     print_idle({"init_from", *map(str.lower, run.typed)}, idle_flags(run, step))
     for warning in warnings_of(s, last_step, batches.steps_per_epoch, not run.init_from, batches.images.classes):
-        print(f"Warning: {warning}", flush=True)
+        print(f"Warning: {warning}")
 
 
 def class_line(s: Settings, classes: list[str]) -> str:

@@ -201,11 +201,3 @@ class Pipeline:
                 frames.append([to_uint8(images[:GIF_IMAGES]) for images in (x, x_0)])
             bar.update()
         return to_uint8(x)
-
-
-def duration(seconds: float) -> str:
-    """62 -> "1 min 2 s"."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{int(seconds // 60)} min {int(seconds % 60)} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

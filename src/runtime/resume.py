@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from src.classes import same_classes
 from src.dataset import Images
 from src.runtime.checkpoint import CheckpointError, fingerprints
 from src.runtime.settings import Settings, as_flags, as_text, differences
@@ -56,7 +57,7 @@ def check_length(saved: Mapping[str, Any] | None, settings: Settings, last_step:
 def check_data(saved: Mapping[str, Any], settings: Settings, data: Mapping[str, Images], accept_changes: bool) -> None:
     """Refuse to resume on other images or classes, or say how many there were and are. An older checkpoint does not know its
     own images."""
-    now, has_others = fingerprints(data), saved["classes"] != data["train"].classes
+    now, has_others = fingerprints(data), not same_classes(saved["classes"], data["train"].classes)
     before, own = saved.get("data", now), saved["config"].CLASSES
     counts = {split: (before[split]["images"], now[split]["images"]) for split in now if before[split] != now[split]}
     changes = [f"{split} {old:,} -> {new:,}{' others' if old == new else ''}" for split, (old, new) in counts.items()]

@@ -133,6 +133,9 @@ def test_a_run_on_folders_of_any_name_draws_each_of_them(run):
     run.sample(*draw, 5, "--classes", "caf\xe9, CAT,red,index:9,a\\nb")
     with (run.folder / "outputs/pictures/002/labels.csv").open(encoding="utf-8") as table:
         assert [row["class"] for row in csv.DictReader(table)] == ["cafe\u0301", "Cat", "red", "\U0001f41f", "a\\nb"]
+    for split in ("train", "val"):  # as a copy of the folder by another system may spell it
+        (run.folder / "data" / split / "cafe\u0301").rename(run.folder / "data" / split / "caf\xe9")
+    run.train(DATA_PATH="data", CACHE_PATH="cache", CLASS_CONDITIONAL=True, EPOCHS=2, NUM_SAMPLES=10)
     assert "'all' may mean index:3 (all) or every class" in run.sample(*draw, 1, "--classes", "all", code=2).err
 
 
