@@ -1,6 +1,6 @@
-"""All that is to be measured on one GPU, by order of worth, in the minutes that there are.
+"""All that is to be measured on one GPU, by order of worth, in the minutes that there are. docs/gpu.md says how to use it.
 
-    python -m benchmarks.gpu --minutes 6 --data_path data/tiny-imagenet-200
+    python -m benchmarks.gpu --minutes 6 --data_path .travel/ten
 
 Each row is a process with a limit of its own. What it prints goes to results/gpu.md while it runs, its outcome to gpu.jsonl,
 the figures of a benchmark to lines of their own: what is cut keeps what it has. The same command goes on with the first row

@@ -4,19 +4,22 @@ import contextlib
 import json
 import shlex
 import sys
+from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
 import config
-from benchmarks import common, gpu, profile_step, sample, train_step
+from benchmarks import common, gpu, gpu_train, pack, profile_step, sample, train_step
 from src import model as plain
+from src.data.tiny_imagenet import TinyImageNet
 from src.model import UNet, parameter_count
 from src.runtime import kernels
 from src.runtime.build import build_model, open_images
 from src.runtime.settings import resolve
-from tests.runs import same
+from tests.runs import ended, same
 
 FACTS = {"command", "hardware", "threads", "torch", "commit", "date", "tiny"}
 
@@ -199,19 +202,46 @@ def test_gpu_keeps_what_each_row_printed_and_goes_on_with_the_first_that_is_not_
 
 
 def test_the_rows_of_gpu_are_known_to_what_they_run(monkeypatch, tmp_path):
-    assert all(20 <= seconds <= 150 for _, seconds, _ in gpu.ROWS)
-    modules = {module.__name__: module for module in (train_step, profile_step, sample)}
-    for is_tiny in (False, True):
+    for is_tiny, (_, _, words) in product((False, True), gpu.ROWS):
         args = common.argparse.Namespace(tiny=is_tiny, device="cpu", results=tmp_path, data_path=tmp_path / "a b")
-        for _, _, words in gpu.ROWS:
-            _, *words = gpu.command(args, words, str(tmp_path))
-            if words[0] == "train.py":
-                assert resolve(config, words[1:]).settings.DATA_PATH.endswith("/a b")
-            elif words[1] in modules:
-                asked = []
-                monkeypatch.setattr(sys, "argv", words[1:])
-                module = modules[words[1]]
-                assert common.main("", "", asked.append, module.FLAGS) == 0 and asked[0].tiny == is_tiny
+        _, *words = gpu.command(args, words, str(tmp_path))
+        if words[0] == "train.py":
+            assert resolve(config, words[1:]).settings.DATA_PATH.endswith("/a b")
+        elif words[1] != "pytest":
+            asked = []
+            monkeypatch.setattr(sys, "argv", words[1:])
+            assert common.main("", "", asked.append, sys.modules[words[1]].FLAGS) == 0 and asked[0].tiny == is_tiny
+
+
+def test_gpu_train_takes_the_width_that_the_speed_and_16_megabytes_allow():
+    args = common.argparse.Namespace(device="cpu", batch=64, minutes=4, tiny=False, train_flags="")
+    nature = [resolve(config, ["--preset=nature", f"--unet_dim={width}"]).settings for width in range(32, 128, 8)]
+    sizes = {s.UNET_DIM: 2 * parameter_count(build_model(s, 10)) for s in nature}
+    assert max(width for width, size in sizes.items() if size <= 16e6) == gpu_train.recipe(args, 1e9)[1].UNET_DIM
+    assert gpu_train.recipe(args, 1)[1].UNET_DIM == resolve(config, ["--preset=nature"]).settings.UNET_DIM
+
+
+def test_gpu_train_brings_back_weights_pictures_and_curves(bench, run, monkeypatch, tmp_path, pictures):
+    monkeypatch.setattr(gpu_train, "limited", lambda seconds, words, **_: ended(run.start(*words[1:]), 0))
+    here = common.argparse.Namespace(tiny=True, results=tmp_path)
+    common.Table("train_step", here, torch.device("cpu")).add(name="ours", gflop_per_second=1.0)
+    flags = "--dataset folder --classes= --image_size 8 --unet_dim 8 --dim_mults 1 --num_samples 4 --preview_steps 2"
+    (line,), _ = bench(gpu_train, f"--minutes 0 --data_path {pictures} --train_flags='{flags}'")
+    assert (line["steps"], line["pictures"]) == (1, 2)
+    assert line["validation_losses"] == [list(point) for point in common.curve(tmp_path, "loss/val")] != []
+    assert torch.load(tmp_path / "weights.pth", weights_only=True)["ema"]["stem.weight"].dtype == torch.float16
+    assert np.load(tmp_path / "samples.npz")["arr_0"].shape == (20, 8, 8, 3) and (tmp_path / "grid.png").exists()
+
+
+def test_what_travels_is_a_tiny_imagenet_of_the_classes_of_nature(tmp_path):
+    for split, wnid in product(("train", "val"), ["n00000001", *reversed(pack.IDS)]):
+        (folder := tmp_path / "all" / split / wnid / "images").mkdir(parents=True)
+        (folder / f"{split}_{wnid}.JPEG").touch()
+        with open(tmp_path / "all" / "wnids.txt", "a") as file:
+            file.write(f"{wnid}\n")
+    pack.take_pictures(tmp_path / "all", tmp_path / "ten")
+    for split in ("train", "val"):
+        assert (taken := TinyImageNet(tmp_path / "ten", split)).class_ids == pack.IDS and taken.labels == list(range(10))
 
 
 @pytest.mark.parametrize(
