@@ -64,7 +64,7 @@ def measure(args: Args) -> None:
     del step
     torch.cuda.empty_cache()
     steps = max(1, int((end - time.monotonic() - BEFORE - AFTER) / seconds))
-    words += [f"--max_steps={steps}", f"--data_path={args.data_path}", "--save_every=100000"]
+    words += [f"--max_steps={steps}", f"--data_path={args.data_path}", "--save_every=100000", "--save_minutes=0.2"]
     words += [f"--{name}_every={steps * s.BATCH_SIZE // 5000 // times + 1}" for name, times in (("val", 12), ("sample", 4))]
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, open(out / "gpu_train.txt", "a") as said:
