@@ -201,10 +201,11 @@ def measure_loss(ev: Evaluation) -> dict[str, Any]:
     pipeline, flags, s = ev.pipeline, ev.flags, ev.settings
     images = DeviceImages(ev.split("val"), pipeline.device)
     number = min(s.VAL_IMAGES, len(images))
-    seconds = pipeline.seconds_per_call(number, flags.batch_size) * max(s.VAL_IMAGES, 500)  # draws, see ValidationBatches
-    say("loss", f"{count(number, 'validation picture')}: about {duration(seconds / ev.world.size)}")
+    batches = build_validation(s, images, ev.world, flags.batch_size)
+    seconds = pipeline.seconds_per_call(number, flags.batch_size) * sum(map(len, batches.draws))
+    say("loss", f"{count(number, 'validation picture')}: about {duration(seconds)}")
     sums = torch.zeros(2, s.TIME_STEPS, dtype=torch.float64)  # of the losses and of the draws at each t
-    for batch in Bar(build_validation(s, images, ev.world, flags.batch_size), unit="batch", disable=not ev.world.is_main):
+    for batch in Bar(batches, unit="batch", disable=not ev.world.is_main):
         loss = pipeline.diffusion.eps_losses(pipeline.network, *batch).cpu().double()
         sums.index_add_(1, batch.t.cpu(), torch.stack([loss, torch.ones_like(loss)]))
     losses, draws = ev.world.sum(sums)

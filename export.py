@@ -169,9 +169,7 @@ def drawing_code(s: Settings, no_class: int, scheduler: str, prepare: str) -> st
         unet, name, prediction = '"."', ".", "unet(x, t, class_labels=y).sample"
         labels = f"\ny = torch.arange(8) % {no_class}  # labels"
     if s.guidance != 1:
-        labels += (
-            f"\nno_class, guidance = torch.full_like(y, {no_class}), {s.guidance:g}  # 1 follows the label, more exaggerates it"
-        )
+        labels += f"\nno_class, guidance = torch.full_like(y, {no_class}), {s.guidance:g}  # 1 is none, 0 ignores the labels"
         prediction = "torch.lerp(unet(x, t, class_labels=no_class).sample, unet(x, t, class_labels=y).sample, guidance)"
     return f"""import torch
 from diffusers import {scheduler.partition(".")[0]}, UNet2DModel
