@@ -134,7 +134,7 @@ class Evaluation:
             events = EventFile(self.curves)
             for t, value in points:
                 events.scalar(t, tag, value)
-            events.close()
+            events.records.close()
 
     def add(self, section: str, found: dict[str, Any]) -> None:
         """Print a section, and write the report so far: an interrupted call keeps what is done."""

@@ -98,11 +98,11 @@ class EventFile:
     def __init__(self, folder: Path, purge_step: int | None = None):
         make_folders(folder)
         name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"
-        self.records = RecordWriter(open(folder / name, "xb"))  # noqa: SIM115 (closed by close)
+        self.records = RecordWriter(open(folder / name, "xb"))  # noqa: SIM115 (the user closes it)
         self.write(file_version="brain.Event:2")
         if purge_step:
             self.write(step=purge_step, session_log=SessionLog(status=SessionLog.START))
-        self.flush()
+        self.records.flush()
 
     def write(self, **fields: Any) -> None:
         self.records.write(Event(wall_time=time.time(), **fields).SerializeToString())
@@ -118,12 +118,6 @@ class EventFile:
         """A table of two columns, in Markdown."""
         lines = "\n".join(f"| {name} | {printable(value)} |" for name, value in rows.items())
         self.write(step=step, summary=summary.text(tag, f"| name | value |\n|---|---|\n{lines}"))
-
-    def flush(self) -> None:
-        self.records.flush()
-
-    def close(self) -> None:
-        self.records.close()
 
 
 class Monitor:
@@ -166,7 +160,7 @@ class Monitor:
         self.write(lambda events: events.image(step, tag, image))
 
     def flush(self) -> None:
-        self.write(EventFile.flush)
+        self.write(lambda events: events.records.flush())
 
     def write(self, action: Any) -> None:
         if self.events:
@@ -184,7 +178,7 @@ class Monitor:
         self.bar.close()
         if self.events:
             with contextlib.suppress(OSError):  # all that matters was flushed before the last save
-                self.events.close()
+                self.events.records.close()
 
 
 def work_of(s: Settings, world: World, batches: TrainBatches, val_batches: ValidationBatches, last_step: int) -> Work:
