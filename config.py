@@ -18,6 +18,7 @@ CACHE_PATH = "./data/cache"  # where the decoded images are kept as one uint8 ar
 IMAGE_SIZE = 64  # pixels per side that the network sees; images are centre-cropped and resized to it
 CHANNELS = 3  # 3 for colour, 1 for grey: pictures are made so, and drawn so
 NUM_WORKERS = -1  # processes that decode images the first time; -1 takes one per CPU core, 0 decodes in the main process
+SKIP_DAMAGED = False  # true leaves out pictures that cannot be decoded, and says how many; false stops and names them all
 HORIZONTAL_FLIP = True  # mirror half of the training images at random (DDPM, app. B); false for text and the like
 
 # --- network ----------------------------------------------------------------------------------------

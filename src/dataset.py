@@ -63,12 +63,14 @@ def prepare(
     num_workers: int = -1,
     classes: str = "",
     channels: int = 3,
+    skip_damaged: bool = False,
 ) -> Images:
     """The split "train" or "val" of dataset `name` at `path`, from its cache file, or decoded first if that is not there or
     no longer true.
 
     num_workers: processes that decode; -1 is one per core, 0 is this process.   channels: 3 for colour, 1 for grey.
     classes: the images of these alone, as parse_classes reads them; "" is all. The cache holds all of them in any case.
+    skip_damaged: leave out pictures that cannot be decoded. Without it all of both splits are named when "train" is decoded.
     Several processes: let one of them call this first, then the others.
     Raises UserError: no such dataset, an image that cannot be read, a cache folder that cannot be written; and, before an image
     is decoded, a FlagError for a word that means no class.
@@ -82,7 +84,10 @@ def prepare(
         raise UserError(f"{name} {split} at {path} has no images.")
     labels = find_labels(dataset, name, classes) if classes else None
     source = "" if name == "shapes" else os.path.abspath(path)  # shapes come from no folder
-    images = open_or_decode(dataset, name, split, image_size, source, Path(cache_path), num_workers, channels)
+    other = (lambda: DATASETS[name](path, "val", image_size)) if split == "train" else list
+    images = open_or_decode(
+        dataset, name, split, image_size, source, Path(cache_path), num_workers, channels, skip_damaged, other
+    )
     chosen = images if labels is None else images.of_classes(labels)
     if not len(chosen):
         advice = "Choose more of them with --classes, or sort the images into folders train and val."

@@ -119,6 +119,17 @@ def reason(error: OSError) -> str:
     return error.strerror or str(error) or type(error).__name__
 
 
+def stand_in(path: str | os.PathLike) -> str:
+    """What a file is that came in place of the one wanted, such as "is an HTML page"; "" if that cannot be told."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        start = file.read(200).lstrip().lower()
+        if start.startswith(b"version https://git-lfs"):
+            return "is a git-LFS pointer; 'git lfs pull' in its repository fetches the file itself"
+        if start.startswith((b"<!doctype html", b"<html")):
+            return "is an HTML page, perhaps of a login or an error, and not the file itself"
+    return ""
+
+
 def free_space(path: Path) -> str:
     """ " (12 MB are free there)", or nothing where that cannot be told."""
     for folder in [path, *path.absolute().parents]:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.runs import Runner, Zygote, make_pictures
 
-MODULES = ("runtime.faults", "runtime.faults_run", "runtime.faults_disk", "runtime.faults_data")
+MODULES = ("runtime.faults", "runtime.faults_run", "runtime.faults_disk", "runtime.faults_data", "runtime.faults_download")
 pytest.register_assert_rewrite(*(f"tests.{name}" for name in MODULES))
 
 # A shell that starts the tests in the background, or nohup, has signals ignored, and runs heed that: not in the tests.

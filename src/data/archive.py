@@ -19,7 +19,7 @@ from typing import IO, NamedTuple
 
 from src.data.download import fetch
 from src.progress import Bar
-from src.utils import UserError, count, make_folders, reading, writing
+from src.utils import UserError, count, make_folders, reading, stand_in, writing
 
 MAX_BYTES = 4 << 30  # of an archive, unpacked; tiny-imagenet has 0.25 GB, cifar10 0.18 GB
 MAX_ENTRIES = 1_000_000  # files and folders in an archive; tiny-imagenet has 120,000
@@ -147,7 +147,7 @@ def extract(
                 write(member, part / "all" / PurePosixPath(member.name))
         except (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
             raise UserError(
-                f"{path} is not a whole {kind[1:]} archive ({error}). "
+                f"{path} {stand_in(path) or f'is not a whole {kind[1:]} archive ({error})'}. "
                 f"Move it elsewhere and run the same command again to download it afresh."
             ) from error
         if hasattr(os, "sync"):

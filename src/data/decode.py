@@ -17,7 +17,8 @@ import torch
 from PIL import Image, ImageCms
 from PIL.Image import Transpose
 
-from src.utils import UserError, reading
+from src.data.damaged import decoding, name_of, note
+from src.utils import reading
 
 ORIENTATION = 0x0112  # the EXIF tag in which a camera says how it was held
 TURNS = {  # its value -> what makes the picture upright; 1 is upright
@@ -27,10 +28,6 @@ TURNS = {  # its value -> what makes the picture upright; 1 is upright
 LEVELS = {255: 8, 1023: 10, 4095: 12, 16383: 14, 65535: 16}  # white -> bits of a sample
 OTHER_ORDER = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}  # of two bytes, in Pillow's raw modes
 STDERR = threading.Lock()  # held by the one thread that has turned stderr off
-
-
-class PictureNote(UserWarning):
-    """The picture is read, but something in it was guessed or ignored. args: the name of the file, and what."""
 
 
 def open_image(path: str | os.PathLike) -> Image.Image:
@@ -81,28 +78,6 @@ def check_tiff(image: Image.Image, data: bytes) -> None:
                 raise OSError("a strip is truncated")
 
 
-@contextlib.contextmanager
-def decoding(name: str | os.PathLike) -> Iterator[None]:
-    """Turn what a damaged picture raises (OSError, SyntaxError, ...) into a UserError that names it."""
-    try:
-        yield
-    except Exception as error:  # as many kinds as there are ways to damage a picture
-        what = f"cannot be decoded ({next(iter(str(error).splitlines()), '') or type(error).__name__})"
-        if isinstance(error, Image.DecompressionBombError):
-            what = f"has too many pixels ({error}). Make it smaller"
-        if isinstance(error, Image.UnidentifiedImageError):
-            what = "is not a picture of a kind that can be read, or is damaged at its start"
-        raise UserError(f"{name} {what}. Delete it or move it elsewhere to go on without it.") from error
-
-
-def name_of(image: Image.Image) -> str:
-    return str(getattr(image, "origin", "") or getattr(image, "filename", "") or "A picture of the dataset")
-
-
-def note(image: Image.Image, what: str) -> None:
-    warnings.warn(PictureNote(name_of(image), what), stacklevel=2)
-
-
 def to_uint8(image: Image.Image | np.ndarray | torch.Tensor, size: int, channels: int = 3) -> np.ndarray:
     """Upright, in sRGB, on white where transparent, cut to the exact central square, scaled: uint8
     [channels, size, size]; 3 channels are RGB, 1 is grey (ITU-R 601 luma, which leaves R = G = B as it is).
@@ -123,14 +98,29 @@ def to_uint8(image: Image.Image | np.ndarray | torch.Tensor, size: int, channels
             if side == size:
                 left, top = int(left), int(top)
             rgb = rgb.resize((size, size), Image.Resampling.LANCZOS, (left, top, left + side, top + side), reducing_gap=3.0)
+            if max(width, height) > 2 * side:
+                share = 100 * side / max(width, height)
+                note(image, "sides of more than 2:1; the square in the middle is used, {min:.2g}% of the longest", share)
+            if side < size:
+                note(image, f"fewer than {size} pixels a side, the smallest {{min}}: enlarged", side)
         picture = upright(rgb if channels == 3 else rgb.convert("L"), image)
+        note_frames(image)
         return np.ascontiguousarray(np.atleast_3d(np.asarray(picture)).transpose(2, 0, 1))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Like `to_uint8`, in full size: mode RGB, upright, in sRGB, on white where transparent."""
     with decoding(name_of(image)):
-        return upright(flatten(image), image)
+        picture = upright(flatten(image), image)
+        note_frames(image)
+        return picture
+
+
+def note_frames(image: Image.Image) -> None:
+    """Call it last: to count the pages of a TIFF or the frames of an animation, Pillow goes through them."""
+    with contextlib.suppress(Exception):  # as many kinds as there are ways to damage what comes after the first frame
+        if (further := getattr(image, "n_frames", 1) - 1) > 0:
+            note(image, "further pages or frames, which are left out, {sum:,} in all", further)
 
 
 def upright(picture: Image.Image, source: Image.Image) -> Image.Image:

@@ -114,10 +114,13 @@ def hold_out(pictures: list[Picture], classes: list[str]) -> tuple[list[Picture]
     held_out = min(max(round(len(pictures) / 20), 1), 2000)
     for name in classes:
         seen, group = len(train) + len(val), groups[name]
-        # the share of this class, rounded so that the shares add up to held_out
-        share = held_out * (seen + len(group)) // len(pictures) - held_out * seen // len(pictures)
+        # the share of this class, rounded so that the shares add up to held_out; the only picture of a class is kept
+        share = min(held_out * (seen + len(group)) // len(pictures) - len(val), len(group) - 1)
         val += group[:share]
         train += group[share:]
+    if not val:
+        val.append(max(groups.values(), key=len)[0])
+        train.remove(val[0])
     return train, val
 
 

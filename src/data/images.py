@@ -16,6 +16,7 @@ class Images:
 
     file: uint8 [M, C, S, S], all of the file `path`, mapped.   rows: int64 [N], which of them are these; all, if not given.
     labels: int64 [N], in [0, len(classes)).
+    skipped: damaged pictures that the file leaves out.
     fingerprint: 16 hex digits that follow from the decoded pixels, the labels and their order, and cost nothing at a start.
         Moving, renaming or copying the data changes nothing. It notices an image that was added, removed, edited or put
         into another class, and another image size. It does not notice new names that keep the order, nor bytes that
@@ -29,6 +30,7 @@ class Images:
     path: Path
     fingerprint: str = ""
     rows: Any = None
+    skipped: int = 0
 
     def __post_init__(self) -> None:
         if self.rows is None:

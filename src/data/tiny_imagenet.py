@@ -35,7 +35,8 @@ class TinyImageNet(Files):
             have = {entry.name for _, entry in pairs}
             rows = [line.split() for line in self.read("val/val_annotations.txt").splitlines()]
             label_by_name = {row[0]: label_of[row[1]] for row in rows if len(row) > 1 and row[1] in label_of}
-            if missing := sorted(label_by_name.keys() - have - rest.keys()):
+            aside = {Path(name).stem for name in passed_over.get(".damaged", [])}  # by the list of damaged pictures
+            if missing := sorted(label_by_name.keys() - have - rest.keys() - aside):
                 lacks = f"{count(len(missing), 'picture')} of val_annotations.txt"
                 raise self.incomplete(f"it lacks {lacks}, e.g. {missing[0]}")
             chosen = {name: rest.pop(name) for name in sorted(rest) if name in label_by_name}

@@ -31,7 +31,7 @@ from src import noise
 from src.evaluation.picture_set import PictureSet, write_npz
 from src.evaluation.report import Evaluation, optional, say
 from src.progress import Bar
-from src.utils import UserError, atomic_file, count, make_folders
+from src.utils import UserError, atomic_file, count, make_folders, stand_in
 
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"  # of the published weights
 KID_SUBSETS = 100
@@ -217,7 +217,7 @@ def weights_advice(name: str, path: Path) -> Iterator[None]:
     except Exception as error:  # as many kinds as there are ways to damage a file or to lose a network
         why = next(iter(str(error).splitlines()), type(error).__name__)[:120].rstrip(".:")
         if isinstance(error, pickle.UnpicklingError):
-            why = "it is no file of tensors alone"
+            why = stand_in(path) or "it is no file of tensors alone"
         put = f"put it at {path}, or name it with" if name == "inception" else "name it with"
         advice = f"Fetch {URL_INCEPTION_V3} with another machine and {put} --features"
         if name in NETWORKS:

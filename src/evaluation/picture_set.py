@@ -1,6 +1,7 @@
 """Sets of pictures to compare: a split of a checkpoint's dataset, a folder, an npz file, or what was just drawn."""
 
 import hashlib
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -8,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from src.data.decode import open_image, to_rgb
+from src.data.damaged import Damaged, Unreadable, noted, tell
+from src.data.decode import open_image, to_rgb, to_uint8
 from src.data.folder import READ, find_pictures, summary
 from src.progress import Bar
-from src.utils import UserError, atomic_file, reading
+from src.utils import UserError, atomic_file, reading, stand_in
 
 BESIDE = ("grid.png", "labels.csv", "settings.json")  # what sample.py writes beside its folder images
 SHEETS = {"grid.png", "interpolation.png", "denoising.gif"}  # what it wrote among its pictures before it had that folder
@@ -46,27 +48,26 @@ class PictureSet:
         """The same in colour (3) or in grey (1), as src/data/decode.py makes it."""
         if channels == self.pixels.shape[1]:
             return self
-        if channels == 3:
-            return PictureSet(self.name, np.repeat(self.pixels[:], 3, axis=1))
-        luma = np.tensordot(np.array([19595, 38470, 7471], np.uint32), self.pixels[:], (0, 1))[:, None]
-        return PictureSet(self.name, (luma + 32768 >> 16).astype(np.uint8))
+        pixels = [to_uint8(picture.transpose(1, 2, 0), picture.shape[1], channels) for picture in self.pixels[:]]
+        return PictureSet(self.name, np.stack(pixels))
 
     def about(self) -> dict[str, object]:
         return {"from": self.name, "count": len(self), "size": self.size, "fingerprint": self.fingerprint}
 
 
-def read_set(path: Path, flag: str) -> PictureSet:
-    """A folder of pictures, read recursively, or an .npz. flag: which flag named it. Raises UserError."""
+def read_set(path: Path, flag: str, cache: Path = Path("./data/cache")) -> PictureSet:
+    """A folder of pictures, read recursively, or an .npz. flag: which flag named it.   cache: the folder for a list of damaged
+    pictures. Raises UserError."""
     with reading(path, f"Fix its permissions, or choose another with {flag}."):
         if path.is_dir():
-            return read_folder(path, flag)
+            return read_folder(path, flag, cache)
         if path.is_file() and path.suffix.lower() == ".npz":
             return read_npz(path, flag)
         problem = "is a file, but no .npz" if path.exists() else "is not there"
     raise UserError(f"{flag}: {path} {problem}; expected train, val, a folder of pictures or an .npz file.")
 
 
-def read_folder(path: Path, flag: str) -> PictureSet:
+def read_folder(path: Path, flag: str, cache: Path) -> PictureSet:
     """All pictures as they are, without resizing: another size is another statistic. Of a folder that sample.py wrote, the
     pictures in its folder images."""
     if (path / "images").is_dir() and any((path / name).exists() for name in BESIDE):
@@ -79,10 +80,16 @@ def read_folder(path: Path, flag: str) -> PictureSet:
         print(f"note: {', '.join(sheets)} in {path} left out")
     if not files:
         raise UserError(f"{flag}: {path} holds no pictures, only {summary(passed_over) or 'nothing'}. {READ}.")
-    pixels = np.empty((0, 0, 0, 0), dtype=np.uint8)
+    pixels, faults, all_notes = np.empty((0, 0, 0, 0), dtype=np.uint8), [], []
     for i, entry in enumerate(Bar(files, desc="reading", unit=" picture", leave=False)):
-        picture = np.asarray(to_rgb(open_image(entry.path))).transpose(2, 0, 1)
-        if i == 0:
+        try:
+            with noted() as notes:
+                picture = np.asarray(to_rgb(open_image(entry.path))).transpose(2, 0, 1)
+        except Damaged as error:
+            faults.append((i, str(error), os.path.abspath(entry.path)))
+            continue
+        all_notes += notes
+        if not pixels.size:
             pixels = np.empty((len(files), *picture.shape), dtype=np.uint8)
         if picture.shape != pixels.shape[1:]:
             (h, w), (height, width) = picture.shape[1:], pixels.shape[2:]
@@ -91,6 +98,9 @@ def read_folder(path: Path, flag: str) -> PictureSet:
                 f"Move it away, or resize them all."
             )
         pixels[i] = picture
+    if faults:
+        raise Unreadable(faults).listed(cache / "damaged.sh")
+    tell(all_notes)
     return PictureSet(str(path), pixels)
 
 
@@ -101,7 +111,7 @@ def read_npz(path: Path, flag: str) -> PictureSet:
         with np.load(path, allow_pickle=False) as archive:
             names, array = list(archive), archive.get("arr_0")
     except Exception as error:  # as many kinds as there are ways to damage a file
-        why = next(iter(str(error).splitlines()), type(error).__name__)
+        why = stand_in(path) or next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{flag}: {path} cannot be read as an .npz ({why}); {expected}.") from None
     if array is None:
         raise UserError(f"{flag}: {path} holds {', '.join(names) or 'nothing'}; {expected}.")

@@ -90,7 +90,7 @@ class Evaluation:
     def pictures(self, source: str) -> PictureSet:
         """What --samples or --reference names. Raises UserError."""
         if source not in SPLITS:
-            return read_set(Path(source), "--samples" if source == self.flags.samples else "--reference")
+            return read_set(Path(source), "--samples" if source == self.flags.samples else "--reference", self.cache)
         return PictureSet(f"{self.settings.DATASET} {source}", self.split(source))
 
     def samples(self, number: int | None) -> PictureSet:

@@ -91,7 +91,8 @@ def open_images(settings: Settings, split: str) -> Images:
     """The split "train" or "val" of the data, downloaded and decoded first if need be."""
     s = settings
     obtain(s.DATASET, s.DATA_PATH, s.DATA_URL, s.DATA_SIZE, s.DATA_MD5)
-    return prepare(s.DATASET, s.DATA_PATH, split, s.IMAGE_SIZE, s.CACHE_PATH, s.NUM_WORKERS, s.CLASSES, s.CHANNELS)
+    how = (s.CACHE_PATH, s.NUM_WORKERS, s.CLASSES, s.CHANNELS, s.SKIP_DAMAGED)
+    return prepare(s.DATASET, s.DATA_PATH, split, s.IMAGE_SIZE, *how)
 
 
 def build_batches(settings: Settings, images: DeviceImages, world: World = World()) -> TrainBatches:

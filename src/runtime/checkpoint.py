@@ -19,7 +19,7 @@ from src.dataset import Images
 from src.runtime.distributed import World
 from src.runtime.folders import no_checkpoint
 from src.runtime.settings import Settings, settings_from_dict
-from src.utils import UserError, atomic_file, flush_folder, numbered, reason, take_free, writing
+from src.utils import UserError, atomic_file, flush_folder, numbered, reason, stand_in, take_free, writing
 
 VERSION = 2  # of the layout. This program reads its own version and older ones.
 TO_DRAW = ("config", "classes", "class_ids", "ema")
@@ -138,7 +138,8 @@ def load_checkpoint(path: Path, needs: Collection[str] = TO_RESUME, mmap: bool =
     except OSError as error:
         raise CheckpointError(f"Cannot read {path}: {reason(error)}. Fix its permissions, or use another one.") from None
     if not is_whole:
-        raise DamagedCheckpoint(f"{path} is not a whole checkpoint: truncated, or written by another program. Use another one.")
+        what = stand_in(path) or "is not a whole checkpoint: truncated, or written by another program"
+        raise DamagedCheckpoint(f"{path} {what}. Use another one.")
     try:
         if entry := zipfile.ZipFile(path).testzip():  # 1.5 GB take a second or two
             raise DamagedCheckpoint(f"{path} is damaged (wrong checksum of {entry}). Use another one.")

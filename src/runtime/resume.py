@@ -14,6 +14,7 @@ FREE = {
     *("DATA_PATH", "DATA_URL", "DATA_SIZE", "DATA_MD5", "CACHE_PATH", "CHECKPOINT_PATH", "OUTPUT_PATH", "LOG_PATH"),
     *("NUM_WORKERS", "PRECISION", "COMPILE", "DEVICE", "ACTIVATION_CHECKPOINTING", "RUN", "PREVIEW_GUIDANCE", "CLASSES"),
     *("EPOCHS", "NUM_SAMPLES", "PREVIEW_STEPS", "VAL_EVERY", "SAVE_EVERY", "SAVE_MINUTES", "SAMPLE_EVERY", "LOG_EVERY"),
+    "SKIP_DAMAGED",
 }
 # What changes the experiment but leaves the weights and the count of epochs meaningful: with --accept_changes.
 TUNABLE = {

@@ -34,6 +34,7 @@ class Settings:
     IMAGE_SIZE: int = field(metadata=whole(8, 1024))
     CHANNELS: int = field(default=3, metadata=choice(1, 3, type=lambda x: int(str(x)), metavar="N"))
     NUM_WORKERS: int = field(metadata=whole(-1, 1024))
+    SKIP_DAMAGED: bool = field(default=False, metadata=TRUTH)
     HORIZONTAL_FLIP: bool = field(metadata=TRUTH)
     UNET_DIM: int = field(metadata=whole(8, 1024))
     DIM_MULTS: tuple[int, ...] = field(metadata=wholes(1, 6, high=64))
@@ -132,8 +133,7 @@ def resolve(config: ModuleType, argv: Sequence[str], dataset_names: Names = None
 
 
 def source_of(dataset: str, constants: Mapping[str, Any], sources: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """What stands in for the constants: the dataset's row of SOURCES. Without one it lies in ./data/NAME, unless it is the
-    dataset of config.py itself."""
+    """What stands in for the constants: its row of SOURCES, else a folder of its own, but for the DATASET of config.py."""
     return sources.get(dataset, {} if dataset == constants["DATASET"] else {"DATA_PATH": f"./data/{dataset}"})
 
 

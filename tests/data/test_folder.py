@@ -281,6 +281,8 @@ def test_train_py_copes_with_odd_pictures_and_names_one_that_is_none(run, tmp_pa
     ]:
         (folder / name).write_bytes(content)
         refused = run.to("refused").train(**settings, code=1)
-        assert re.fullmatch(f"train.py: .*{re.escape(name)} {re.escape(says)}.*Delete it or move it elsewhere.*\n", refused.err)
+        assert re.fullmatch(
+            f"train.py: .*{re.escape(name)} {re.escape(says)}.*'sh .*' renames .*--skip_damaged.*\n", refused.err
+        )
         (folder / name).unlink()
     run.to("refused").train(**settings)

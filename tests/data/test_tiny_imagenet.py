@@ -144,6 +144,13 @@ def test_a_class_that_is_named_twice_is_one(tiny):
     assert TinyImageNet(tiny, "train").class_ids == WNIDS and labels(tiny) == VAL
 
 
+def test_a_picture_that_was_renamed_as_damaged_is_not_missing(tiny):
+    for name in ("val/images/val_3.JPEG", "train/n01/images/n01_3.JPEG"):
+        (tiny / name).rename(tiny / f"{name}.damaged")
+    assert labels(tiny) == {name: label for name, label in VAL.items() if name != "val_3.JPEG"}
+    assert len(labels(tiny, "train")) == 17
+
+
 def test_pictures_without_a_label_are_passed_over_and_said(tiny, capsys):
     (tiny / "val" / "images" / "val_99.JPEG").write_bytes((tiny / "val" / "images" / "val_1.JPEG").read_bytes())
     assert labels(tiny) == VAL

@@ -1,3 +1,3 @@
 """The server of the faults of downloads, as a fixture."""
 
-from tests.runtime.faults_data import server  # noqa: F401
+from tests.runtime.faults_download import server  # noqa: F401

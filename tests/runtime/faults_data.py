@@ -1,17 +1,11 @@
-"""Faults of docs/reliability.md: settings, pictures, downloads."""
+"""Faults of docs/reliability.md: settings and pictures."""
 
-import http.server
-import io
 import re
 import shutil
-import threading
-import time
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from tests.runs import ROOT, Process, Runner
@@ -66,12 +60,12 @@ def bad_constant(run):
 # --- pictures -----------------------------------------------------------------------------------------
 
 
-def with_pictures(run: Runner, change: Callable[[Path], object]) -> Process:
+def with_pictures(run: Runner, change: Callable[[Path], object], **settings) -> Process:
     """A run on a copy of the pictures, changed, that leaves no half-made cache."""
     folder = run.folder / "pictures"
     shutil.copytree(run.pictures, folder)
     change(folder)
-    process = run.start_train(DATA_PATH=folder, CACHE_PATH="cache").wait()
+    process = run.start_train(DATA_PATH=folder, CACHE_PATH="cache", **settings).wait()
     assert not run.files(".*part-*")
     return process
 
@@ -206,9 +200,50 @@ def flipped_bit_of_a_picture(run):
     return with_pictures(run, change)
 
 
+@fault("The same, with `--skip_damaged`")
+def skipped(run):
+    process = with_pictures(run, lambda folder: (folder / "red circle" / "x.png").write_bytes(b"damaged"), SKIP_DAMAGED=True)
+    assert "80 images of 4 classes" in process.out
+    return process
+
+
+@fault("Pictures that are git-LFS pointers")
+def lfs_pointer(run):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    return with_pictures(run, lambda folder: (folder / "red circle" / "x.png").write_bytes(pointer))
+
+
+def with_picture(run: Runner, size: tuple[int, int], name: str = "red circle/x.tif", **options) -> Process:
+    return with_pictures(run, lambda folder: Image.new("RGB", size).save(folder / name, **options))
+
+
+@fault("A stack of pages, or an animation")
+def stack(run):
+    return with_picture(run, (9, 9), save_all=True, append_images=[Image.new("RGB", (9, 9))] * 2)
+
+
+@fault("A picture longer than 2:1")
+def panorama(run):
+    return with_picture(run, (36, 9))
+
+
+@fault("A picture smaller than IMAGE_SIZE")
+def small_picture(run):
+    return with_picture(run, (5, 7))
+
+
+@fault("A class whose only picture is damaged")
+def class_without_pictures(run):
+    def change(folder: Path) -> None:
+        (folder / "green").mkdir()
+        (folder / "green" / "x.png").write_bytes(b"damaged")
+
+    return with_pictures(run, change, SKIP_DAMAGED=True)
+
+
 @fault("A broken colour profile")
 def broken_profile(run):
-    return with_pictures(run, lambda folder: Image.new("RGB", (9, 9)).save(folder / "red circle" / "x.jpg", icc_profile=b"x"))
+    return with_picture(run, (9, 9), "red circle/x.jpg", icc_profile=b"x")
 
 
 @fault("12 bits in a file of 16, and no word about it")
@@ -261,6 +296,22 @@ def own_that_cannot_be_pickled(run):
     return process
 
 
+NO_LOCKS = """
+import _multiprocessing, errno
+
+class Full(_multiprocessing.SemLock):
+    def __new__(cls, *_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+_multiprocessing.SemLock = Full
+"""
+
+
+@fault("/dev/shm is full or read-only")
+def no_locks(run):
+    return run.start_train(NO_LOCKS, CACHE_PATH="cache", NUM_WORKERS=2).wait()
+
+
 @fault("Fewer pictures than a step takes")
 def too_few_pictures(run):
     return run.start_train(BATCH_SIZE=64, GRAD_ACCUM_STEPS=2).wait()
@@ -270,127 +321,3 @@ def too_few_pictures(run):
 def half_of_tiny_imagenet(run):
     (run.folder / "tiny" / "train").mkdir(parents=True)
     return run.start_train(DATASET="tiny-imagenet", DATA_PATH="tiny").wait()
-
-
-# --- download -----------------------------------------------------------------------------------------
-
-PATIENCE = "from src.data.download import fetch; fetch.__kwdefaults__.update(timeout=(2, 0.3), pause=0.01)"
-DATA = bytes(200_000)
-
-
-class Misbehaving(http.server.BaseHTTPRequestHandler):
-    """The first part of the address says how; /file sends self.server.file."""
-
-    def do_GET(self):
-        way, body = self.path.split("/")[1], self.server.file
-        if way == "missing":
-            return self.send_error(404)
-        if way == "later":
-            self.send_response(429)
-            self.send_header("Retry-After", "3600")
-            return self.end_headers()
-        self.send_response(200)
-        self.send_header("Content-Type", "text/html" if way == "html" else "application/zip")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body[: len(body) // 2] if way in ("cut", "stall") else body)
-        if way == "stall":
-            self.wfile.flush()
-            time.sleep(0.6)
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def server() -> Iterator[http.server.ThreadingHTTPServer]:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Misbehaving) as server:
-        server.file = DATA
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        yield server
-        server.shutdown()
-
-
-def download(run: Runner, server, way: str, **settings) -> Process:
-    """A run that has to download its pictures, and does not get them."""
-    defaults = {"DATA_URL": f"http://127.0.0.1:{server.server_address[1]}/{way}/a.zip", "DATA_SIZE": 0, "DATA_MD5": "0" * 32}
-    process = run.start_train(PATIENCE, DATASET="tiny-imagenet", DATA_PATH="data/tiny", **defaults | settings).wait()
-    left = {path.name: path.stat().st_size for path in (run.folder / "data").glob("*")}
-    expected = {"tiny-imagenet-200.zip.part"} if way in ("cut", "stall") else {"tiny-imagenet-200.zip"} & set(left)
-    assert set(left) == expected, "something half-made is left"
-    return process
-
-
-@fault("The server does not have the file")
-def http_404(run, server):
-    return download(run, server, "missing")
-
-
-@fault("The server stalls")
-def http_stall(run, server):
-    return download(run, server, "stall")
-
-
-@fault("The line drops again and again")
-def http_cut(run, server):
-    return download(run, server, "cut")
-
-
-@fault("There is no network")
-def no_network(run, server):
-    return download(run, server, "", DATA_URL="http://127.0.0.1:9/a.zip")
-
-
-@fault("There is no network, for a dataset of torchvision")
-def no_network_for_torchvision(run):
-    setup = "from torchvision.datasets import MNIST; MNIST.mirrors = ['http://127.0.0.1:9/']"
-    return run.start_train(setup, DATASET="mnist", DATA_PATH="digits").wait()
-
-
-@fault("The server asks to wait for long")
-def http_later(run, server):
-    return download(run, server, "later")
-
-
-@fault("The server sends a web page")
-def http_page(run, server):
-    return download(run, server, "html")
-
-
-@fault("The server has a file of another size")
-def http_other_size(run, server):
-    return download(run, server, "file", DATA_SIZE=5)
-
-
-@fault("The checksum is wrong")
-def http_checksum(run, server):
-    return download(run, server, "file")
-
-
-@fault("The archive is damaged")
-def damaged_archive(run, server):
-    return download(run, server, "file", DATA_MD5="")
-
-
-def archive(**files: int) -> bytes:
-    """A zip of files by these names, which say that they unpack to so many bytes."""
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as target:
-        for name, size in files.items():
-            target.writestr(name, b"x")
-            target.filelist[-1].file_size = size
-    return file.getvalue()
-
-
-@fault("The archive reaches outside its folder")
-def zip_traversal(run, server):
-    server.file = archive(**{"top/../../../evil": 1})
-    process = download(run, server, "file", DATA_MD5="")
-    assert not list(run.folder.rglob("evil")) and not (run.folder.parent / "evil").exists()
-    return process
-
-
-@fault("The archive is a zip bomb")
-def zip_bomb(run, server):
-    server.file = archive(**{"top/a": 3 << 30, "top/b": 3 << 30})
-    return download(run, server, "file", DATA_MD5="")

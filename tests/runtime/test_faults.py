@@ -14,9 +14,9 @@ import torch
 
 from src.runtime.checkpoint import load_checkpoint
 from tests.runs import differences, signal_at
-from tests.runtime import faults_disk  # noqa: F401 (its rows)
+from tests.runtime import faults_data, faults_disk  # noqa: F401 (their rows)
 from tests.runtime.faults import DOCUMENT, FAULTS, ROWS, as_pattern
-from tests.runtime.faults_data import DATA
+from tests.runtime.faults_download import DATA
 from tests.runtime.faults_run import GPU_IS_FULL, INFINITE, stopped_while_decoding
 
 

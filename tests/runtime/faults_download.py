@@ -1,0 +1,134 @@
+"""Faults of docs/reliability.md: downloads and archives."""
+
+import http.server
+import io
+import threading
+import time
+import zipfile
+from collections.abc import Iterator
+
+import pytest
+
+from tests.runs import Process, Runner
+from tests.runtime.faults import fault
+
+PATIENCE = "from src.data.download import fetch; fetch.__kwdefaults__.update(timeout=(2, 0.3), pause=0.01)"
+DATA = bytes(200_000)
+
+
+class Misbehaving(http.server.BaseHTTPRequestHandler):
+    """The first part of the address says how; /file sends self.server.file."""
+
+    def do_GET(self):
+        way, body = self.path.split("/")[1], self.server.file
+        if way == "missing":
+            return self.send_error(404)
+        if way == "later":
+            self.send_response(429)
+            self.send_header("Retry-After", "3600")
+            return self.end_headers()
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html" if way == "html" else "application/zip")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: len(body) // 2] if way in ("cut", "stall") else body)
+        if way == "stall":
+            self.wfile.flush()
+            time.sleep(0.6)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[http.server.ThreadingHTTPServer]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Misbehaving) as server:
+        server.file = DATA
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def download(run: Runner, server, way: str, **settings) -> Process:
+    """A run that has to download its pictures, and does not get them."""
+    defaults = {"DATA_URL": f"http://127.0.0.1:{server.server_address[1]}/{way}/a.zip", "DATA_SIZE": 0, "DATA_MD5": "0" * 32}
+    process = run.start_train(PATIENCE, DATASET="tiny-imagenet", DATA_PATH="data/tiny", **defaults | settings).wait()
+    left = {path.name: path.stat().st_size for path in (run.folder / "data").glob("*")}
+    expected = {"tiny-imagenet-200.zip.part"} if way in ("cut", "stall") else {"tiny-imagenet-200.zip"} & set(left)
+    assert set(left) == expected, "something half-made is left"
+    return process
+
+
+@fault("The server does not have the file")
+def http_404(run, server):
+    return download(run, server, "missing")
+
+
+@fault("The server stalls")
+def http_stall(run, server):
+    return download(run, server, "stall")
+
+
+@fault("The line drops again and again")
+def http_cut(run, server):
+    return download(run, server, "cut")
+
+
+@fault("There is no network")
+def no_network(run, server):
+    return download(run, server, "", DATA_URL="http://127.0.0.1:9/a.zip")
+
+
+@fault("There is no network, for a dataset of torchvision")
+def no_network_for_torchvision(run):
+    setup = "from torchvision.datasets import MNIST; MNIST.mirrors = ['http://127.0.0.1:9/']"
+    return run.start_train(setup, DATASET="mnist", DATA_PATH="digits").wait()
+
+
+@fault("The server asks to wait for long")
+def http_later(run, server):
+    return download(run, server, "later")
+
+
+@fault("The server sends a web page")
+def http_page(run, server):
+    return download(run, server, "html")
+
+
+@fault("The server has a file of another size")
+def http_other_size(run, server):
+    return download(run, server, "file", DATA_SIZE=5)
+
+
+@fault("The checksum is wrong")
+def http_checksum(run, server):
+    return download(run, server, "file")
+
+
+@fault("The archive is damaged")
+def damaged_archive(run, server):
+    return download(run, server, "file", DATA_MD5="")
+
+
+def archive(**files: int) -> bytes:
+    """A zip of files by these names, which say that they unpack to so many bytes."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as target:
+        for name, size in files.items():
+            target.writestr(name, b"x")
+            target.filelist[-1].file_size = size
+    return file.getvalue()
+
+
+@fault("The archive reaches outside its folder")
+def zip_traversal(run, server):
+    server.file = archive(**{"top/../../../evil": 1})
+    process = download(run, server, "file", DATA_MD5="")
+    assert not list(run.folder.rglob("evil")) and not (run.folder.parent / "evil").exists()
+    return process
+
+
+@fault("The archive is a zip bomb")
+def zip_bomb(run, server):
+    server.file = archive(**{"top/a": 3 << 30, "top/b": 3 << 30})
+    return download(run, server, "file", DATA_MD5="")
