@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 CPU_MAX, LOAD = Path("/sys/fs/cgroup/cpu.max"), Path("/proc/loadavg")  # of Linux: a container's limit; what is running now
-SPINS = "5000"  # turns that a thread waits for the others before it sleeps, some 0.1 ms; OpenMP of gcc takes 300,000
+SPINS = "20000"  # turns that a thread waits for the others before it sleeps, below a millisecond; OpenMP of gcc takes 300,000
 
 
 def settle() -> None:
