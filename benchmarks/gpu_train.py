@@ -37,19 +37,19 @@ BEFORE, AFTER = 25, 25  # seconds that train.py takes up to its first step, and 
 
 def recipe(args: Args, gflops: float) -> tuple[list[str], Settings]:
     """Flags of train.py and their settings, of the width that the text above names. gflops: of the default network, a second.
-    The learning rate grows with the square root of the batch."""
+    The learning rate goes with the square root of the batch and with 1 / width: usual rules, not tried here."""
     nature = resolve(config, ["--preset=nature"]).settings
-    lr = nature.LEARNING_RATE * math.sqrt(args.batch / nature.BATCH_SIZE)
-    words = [f"--device={args.device}", "--preset=nature", f"--batch_size={args.batch}", f"--learning_rate={lr:.2g}"]
-    chosen = words, nature
+    seconds, chosen = 60 * args.minutes - 2 * BEFORE - AFTER, (list[str](), nature)
     for width in range(nature.UNET_DIM, 257, 8):
-        wider = [*words, f"--unet_dim={width}", *shlex.split(common.TINY if args.tiny else ""), *shlex.split(args.train_flags)]
-        s = resolve(config, wider).settings
+        lr = nature.LEARNING_RATE * math.sqrt(args.batch / nature.BATCH_SIZE) * nature.UNET_DIM / width
+        words = [f"--device={args.device}", "--preset=nature", f"--unet_dim={width}", f"--batch_size={args.batch}"]
+        words += [f"--learning_rate={lr:.2g}", *shlex.split(common.TINY if args.tiny else ""), *shlex.split(args.train_flags)]
+        s = resolve(config, words).settings
         model = build_model(s, CLASSES)
-        pictures = SHARE * gflops * 60 * args.minutes / (3 * common.forward_gflop(model, s.IMAGE_SIZE))
+        pictures = SHARE * gflops * seconds / (3 * common.forward_gflop(model, s.IMAGE_SIZE))
         if width > nature.UNET_DIM and (2 * parameter_count(model) > BYTES or pictures < PICTURES):
             break
-        chosen = wider, s
+        chosen = words, s
     return chosen
 
 
