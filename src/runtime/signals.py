@@ -89,10 +89,12 @@ def run_script(name: str, body: Callable[[StopRequest], None], out_of_memory: Ca
     out_of_memory: the advice for that case.   stopped: what is kept after a signal that ended the body at once.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large memory pages: 12% of a training step on a CPU
-    with unfailing_output(), StopRequest() as stop, contextlib.ExitStack() as at_end:
+    stop = StopRequest()
+    with unfailing_output(), contextlib.ExitStack() as at_end:
         at_end.callback(remove_empty)
         try:
-            body(stop)
+            with stop:  # inside: a third Ctrl-C, amid the message below, ends without a traceback
+                body(stop)
             return stop.exit_code
         except SystemExit as end:  # of --help
             return int(end.code or 0)

@@ -3,7 +3,9 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -99,6 +101,13 @@ def test_a_process_whose_rank_says_nothing_speaks_for_itself(capfd, monkeypatch,
 
     assert run_script("train.py", body, str, "") == 2
     assert capfd.readouterr().err == "train.py: Got 1.\n"
+
+
+def test_a_third_ctrl_c_meets_no_handler_of_ours_while_the_message_is_printed(monkeypatch):
+    before, met = signal.getsignal(signal.SIGTERM), []
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=lambda text: met.append(signal.getsignal(signal.SIGTERM))))
+    assert run_script("train.py", lambda stop: send("SIGTERM"), str, "Stopped.") == 143
+    assert set(met) == {before}
 
 
 def test_a_bug_of_ours_is_a_traceback():
