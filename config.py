@@ -88,7 +88,7 @@ PRESETS = {
     "mnist": dict(
         DATASET="mnist", IMAGE_SIZE=28, CHANNELS=1, HORIZONTAL_FLIP=False, UNET_DIM=16, DIM_MULTS=(1, 2, 4), NUM_RES_BLOCKS=1,
         ATTENTION_RESOLUTIONS=(7,), CLASS_CONDITIONAL=True, BETA_SCHEDULE="cosine", PREDICTION="v", LEARNING_RATE=2e-3,
-        LR_SCHEDULE="cosine", WARMUP_STEPS=100, EPOCHS=2, EMA_DECAY=0.995, VAL_IMAGES=500, NUM_SAMPLES=20, SAMPLE_EVERY=1,
+        LR_SCHEDULE="cosine", WARMUP_STEPS=100, EPOCHS=1, EMA_DECAY=0.995, VAL_IMAGES=500, NUM_SAMPLES=20, SAMPLE_EVERY=1,
         RUN="mnist",
     ),
     # Ten classes of Tiny ImageNet: goldfish, monarch, sulphur butterfly, ladybug, jellyfish, coral reef, lemon, orange, alp,

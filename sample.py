@@ -207,7 +207,10 @@ def save(picture: Tensor, path: Path) -> None:
 def finish(pipeline: Pipeline, flags: Namespace, out: Path, series: Series | Walk) -> list[str]:
     """Sheet, labels.csv, samples.npz and interpolation.gif of all pictures that are there. Returns what there is."""
     there = pictures_of(out / "images")
-    shown = (series.shown or list(there))[:SHEET_PICTURES]
+    every = series.shown or list(there)
+    shown = every[:SHEET_PICTURES]
+    if len(every) > len(shown):
+        print(f"note: {series.sheet} shows the first {len(shown)} of {count(len(every), 'picture')}")
     names, columns = [*map(series.caption, shown)], flags.columns or series.columns
     picture = sheet(torch.stack([load_png(there[i]) for i in shown]), names if any(names) else [], columns, flags.zoom)
     with writing(out, "--output_dir"):

@@ -114,6 +114,11 @@ def test_the_gif_shows_every_step_and_sheets_have_the_columns_and_the_zoom_asked
         assert gif.size == (2 * 304, 218)  # x_t and x_0 side by side, each a sheet of 3 x 2 with a name below
 
 
+def test_a_sheet_of_the_first_pictures_says_so(run, sample):
+    out = sample("--num_samples", 257, "--steps", 1, "--batch_size", 257).out
+    assert "note: grid.png shows the first 256 of 257 pictures\n" in out
+
+
 # --- the folder ---------------------------------------------------------------------------------------
 
 

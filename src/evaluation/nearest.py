@@ -91,6 +91,8 @@ def measure_nearest(ev: Evaluation) -> dict[str, Any]:
         unit = math.prod(pool.shape[1:]) ** 0.5 if view == "pixels" else 1.0  # root mean square, in grey levels
         near, far = hits.distances[:, 0] / unit, usual.distances[:, 0] / unit
         sheet = ev.out.with_name(f"{ev.out.stem}-nearest-{view}.png")
+        if len(samples) > SHEET_ROWS:
+            say("note", f"{sheet.name} shows the first {SHEET_ROWS} of {len(samples):,} samples")
         with optional(sheet, "--output_dir"):
             save_png(nearest_sheet(samples.pixels, train.pixels, hits, unit), sheet)
         found[view] = {
