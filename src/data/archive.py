@@ -5,6 +5,7 @@ import errno
 import glob
 import gzip
 import os
+import shlex
 import shutil
 import stat
 import tarfile
@@ -18,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
 from src.data.download import fetch
+from src.data.folder import find_pictures
 from src.progress import Bar
 from src.utils import UserError, count, make_folders, reading, stand_in, writing
 
@@ -30,11 +32,13 @@ class Published(NamedTuple):
     """A dataset that is published as one archive.
 
     title: its name, for messages.   archive: the name of the file, .zip or .tar.gz.   holds: a file that its folder has.
+    folder: the name of a folder that it is downloaded to. A folder of another name that does not exist is a mistyped one.
     """
 
     title: str
     archive: str
     holds: str
+    folder: str
 
     def obtain(self, path: str | os.PathLike, url: str, size: int = 0, md5: str = "") -> None:
         """Make the folder `path` exist: as it is, or from an archive beside it, or downloaded from `url` (see fetch)."""
@@ -42,9 +46,11 @@ class Published(NamedTuple):
         with reading(path, f"Name a folder with --data_path; {self.archive} beside it is unpacked to there."):
             if path.exists() and os.listdir(path):
                 return
-            archive = next(iter(self.beside(path)), path.with_name(self.archive))
-            is_there = archive.exists()
-        if not is_there:
+            found, is_meant = self.beside(path), path.name == self.folder or path.exists()
+        archive = found[0] if found else path.with_name(self.archive)
+        if not found and not is_meant:
+            raise UserError(f"{path} is not there. Correct --data_path, or get {self.title} with {self.elsewhere(path)}.")
+        if not found:
             print(f"{path} is not there: downloading {url}")
             fetch(url, archive, size, md5)
         print(f"unpacking {archive} to {path}")
@@ -52,8 +58,13 @@ class Published(NamedTuple):
 
     def beside(self, path: Path) -> list[Path]:
         """The archives beside the folder from which it may come."""
-        names = (path.name + kind_of(self.archive), self.archive)
+        names = [path.name + kind_of(self.archive), *[self.archive] * (path.name == self.folder or path.exists())]
         return [archive for archive in map(path.with_name, names) if archive.is_file()]
+
+    def elsewhere(self, path: Path) -> str:
+        """A flag that gets the data where the folder `path` does not have them."""
+        own = path.with_name(self.folder)
+        return f"--data_path {shlex.quote(str(own if own != path else path.parent / 'download' / self.folder))}"
 
     def root(self, path: Path) -> Path:
         """The folder that has the file `holds`: `path`, or its one sub-folder that has it. Raises OSError."""
@@ -65,10 +76,13 @@ class Published(NamedTuple):
     def incomplete(self, root: Path, path: Path, what: str) -> UserError:
         """root: of the folder `path`. The advice never deletes, since the folder may hold other things, and does not lead back
         to here."""
-        again = "".join(f" Move {archive} elsewhere first, or it is unpacked again." for archive in self.beside(path))
+        if not (root / self.holds).exists():
+            with contextlib.suppress(UserError):
+                if pictures := find_pictures(path)[0]:
+                    what += f", but {count(len(pictures), 'picture')}: to train on these, add --dataset folder"
         return UserError(
-            f"{root} is not a whole {self.title}: {what}. Name another folder with --data_path; if it does not exist, "
-            f"{self.title} is downloaded to there.{again}"
+            f"{root} is not a whole {self.title}: {what}. Name another folder with --data_path, or get {self.title} with "
+            f"{self.elsewhere(path)}."
         )
 
     def read(self, root: Path, path: Path, name: str) -> str:

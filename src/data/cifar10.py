@@ -11,7 +11,7 @@ from src.data.archive import Published
 from src.data.folder import MOVE_IT
 from src.utils import count, reading
 
-CIFAR_10 = Published("CIFAR-10", archive="cifar-10-binary.tar.gz", holds="batches.meta.txt")
+CIFAR_10 = Published("CIFAR-10", "cifar-10-binary.tar.gz", holds="batches.meta.txt", folder="cifar-10-batches-bin")
 FILES = {"train": [f"data_batch_{number}.bin" for number in range(1, 6)], "val": ["test_batch.bin"]}
 RECORD = 1 + 3 * 32 * 32  # bytes: the label, then the picture as [3, 32, 32]
 OFFICIAL = 10_000  # pictures in each file

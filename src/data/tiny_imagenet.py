@@ -7,7 +7,7 @@ from src.data.archive import Published
 from src.data.folder import MOVE_IT, Files, find_pictures, summary
 from src.utils import UserError, count, reading
 
-TINY_IMAGENET = Published("Tiny ImageNet", archive="tiny-imagenet-200.zip", holds="wnids.txt")
+TINY_IMAGENET = Published("Tiny ImageNet", archive="tiny-imagenet-200.zip", holds="wnids.txt", folder="tiny-imagenet-200")
 OFFICIAL = {"train": 100_000, "val": 10_000}  # pictures of the official set, in 200 classes
 
 

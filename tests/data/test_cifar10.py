@@ -48,7 +48,7 @@ def packed(files, top="cifar-10-batches-bin"):
 @pytest.fixture
 def cifar(files, tmp_path):
     """The extracted folder, obtained as a user with an archive beside it obtains it."""
-    path = tmp_path / "data" / "cifar"
+    path = tmp_path / "data" / "cifar-10-batches-bin"
     path.parent.mkdir()
     archive = path.with_name("cifar-10-binary.tar.gz")
     archive.write_bytes(packed(files))
@@ -128,8 +128,9 @@ def test_an_archive_with_another_checksum_is_refused(server, tmp_path):
 @pytest.mark.parametrize("name", ["cifar.tar.gz", "cifar-10-binary.tar.gz"])
 def test_an_archive_beside_the_folder_is_unpacked_without_a_network(files, tmp_path, name):
     (tmp_path / name).write_bytes(packed(files))
-    CIFAR_10.obtain(tmp_path / "cifar", NEVER_ASKED)
-    assert len(CIFAR10(tmp_path / "cifar", "train")) == 5 * PER_FILE
+    path = tmp_path / ("cifar" if name == "cifar.tar.gz" else "cifar-10-batches-bin")
+    CIFAR_10.obtain(path, NEVER_ASKED)
+    assert len(CIFAR10(path, "train")) == 5 * PER_FILE
 
 
 def test_a_folder_that_was_unpacked_by_hand_is_read(cifar):
@@ -217,7 +218,7 @@ def test_the_preset_is_the_papers_network_and_nothing_but_scale_more():
 
 def test_a_run_trains_on_it_from_the_download_on_and_draws(run, server):
     own = {
-        "DATA_PATH": "data/cifar",
+        "DATA_PATH": "data/cifar-10-batches-bin",
         "DATA_URL": server.url,
         "DATA_SIZE": len(server.file),
         "DATA_MD5": hashlib.md5(server.file).hexdigest(),

@@ -55,7 +55,7 @@ def zipped(path, files, top="tiny-imagenet-200/", **more):
 @pytest.fixture
 def tiny(files, tmp_path):
     """The extracted folder, obtained as a user with a zip beside it obtains it."""
-    path = tmp_path / "data" / "tiny"
+    path = tmp_path / "data" / "tiny-imagenet-200"
     zipped(path.with_name("tiny-imagenet-200.zip"), files).touch()
     TINY_IMAGENET.obtain(path, NEVER_ASKED)
     path.with_name("tiny-imagenet-200.zip").unlink()
@@ -196,12 +196,26 @@ def test_a_folder_that_was_unpacked_one_level_too_deep_is_read(tiny):
 )
 def test_missing_parts_are_named_with_advice_that_ends_and_deletes_nothing(tiny, files, remove, split, says):
     os.rename(tiny / remove, tiny.parent / "elsewhere")
-    with pytest.raises(UserError, match=f"{says}. Name another folder with --data_path") as refusal:
+    with pytest.raises(UserError, match=f"{says}.* Name another folder with --data_path") as refusal:
         TinyImageNet(tiny, split)
     assert "elete" not in str(refusal.value) and "Move " not in str(refusal.value)
-    archive = zipped(tiny.with_name("tiny-imagenet-200.zip"), files)  # from which the next folder would be unpacked as well
-    with pytest.raises(UserError, match=f"Move {re.escape(str(archive))} elsewhere first"):
-        TinyImageNet(tiny, split)
+    assert bool(re.search(r"but \d+ pictures: to train on these, add --dataset folder\.", str(refusal.value))) == (
+        remove == "wnids.txt"
+    )
+    zipped(tiny.with_name("tiny-imagenet-200.zip"), files)  # as incomplete perhaps: the folder advised is not made from it
+    place = Path(re.search(r"get Tiny ImageNet with --data_path (\S+)\.$", str(refusal.value))[1])
+    assert not place.exists() and not TINY_IMAGENET.beside(place) and place.name == "tiny-imagenet-200"
+
+
+@pytest.mark.parametrize("name", ["my_pictures", "tiny", "tiny-imagenet-20"])
+def test_a_mistyped_folder_starts_no_download_and_unpacks_nothing_into_it(tmp_path, files, name):
+    zipped(tmp_path / "tiny-imagenet-200.zip", files)
+    with pytest.raises(UserError, match=f"{name} is not there. Correct --data_path, or get Tiny ImageNet with ") as refusal:
+        TINY_IMAGENET.obtain(tmp_path / name, NEVER_ASKED)
+    assert os.listdir(tmp_path) == ["tiny-imagenet-200.zip"]
+    place = str(refusal.value).rpartition("--data_path ")[2].removesuffix(".")
+    TINY_IMAGENET.obtain(place, NEVER_ASKED)
+    assert labels(Path(place)) == VAL
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfen\x000\x001\x00"])

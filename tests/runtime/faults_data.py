@@ -321,3 +321,17 @@ def too_few_pictures(run):
 def half_of_tiny_imagenet(run):
     (run.folder / "tiny" / "train").mkdir(parents=True)
     return run.start_train(DATASET="tiny-imagenet", DATA_PATH="tiny").wait()
+
+
+@fault("Own pictures without --dataset folder")
+def own_pictures_as_tiny_imagenet(run):
+    process = run.start_train(DATASET="tiny-imagenet").wait()
+    assert "Done: step" in run.to("advised").train(DATASET="folder", max_steps=1).out
+    return process
+
+
+@fault("A mistyped folder for a dataset that is downloaded")
+def mistyped_folder(run):
+    process = run.start_train(DATASET="tiny-imagenet", DATA_PATH="my_pictuers", DATA_URL="http://127.0.0.1:9/a.zip").wait()
+    assert not list(run.folder.glob("*tiny*")) and not (run.folder / "my_pictuers").exists()
+    return process

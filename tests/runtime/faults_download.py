@@ -52,7 +52,9 @@ def server() -> Iterator[http.server.ThreadingHTTPServer]:
 def download(run: Runner, server, way: str, **settings) -> Process:
     """A run that has to download its pictures, and does not get them."""
     defaults = {"DATA_URL": f"http://127.0.0.1:{server.server_address[1]}/{way}/a.zip", "DATA_SIZE": 0, "DATA_MD5": "0" * 32}
-    process = run.start_train(PATIENCE, DATASET="tiny-imagenet", DATA_PATH="data/tiny", **defaults | settings).wait()
+    process = run.start_train(
+        PATIENCE, DATASET="tiny-imagenet", DATA_PATH="data/tiny-imagenet-200", **defaults | settings
+    ).wait()
     left = {path.name: path.stat().st_size for path in (run.folder / "data").glob("*")}
     expected = {"tiny-imagenet-200.zip.part"} if way in ("cut", "stall") else {"tiny-imagenet-200.zip"} & set(left)
     assert set(left) == expected, "something half-made is left"

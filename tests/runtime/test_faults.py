@@ -82,7 +82,7 @@ torch.save = lambda state, file: save(state, UnderFire(file))
 
 def test_a_signal_amid_a_download_keeps_what_has_arrived(run, server):
     url = f"http://127.0.0.1:{server.server_address[1]}/stall/a.zip"
-    process = run.start_train(DATASET="tiny-imagenet", DATA_PATH="data/tiny", DATA_URL=url, DATA_SIZE=0)
+    process = run.start_train(DATASET="tiny-imagenet", DATA_PATH="data/tiny-imagenet-200", DATA_URL=url, DATA_SIZE=0)
     part = run.folder / "data" / "tiny-imagenet-200.zip.part"
     process.wait(lambda: part.exists() and part.stat().st_size > 0)
     process.send(signal.SIGTERM)
