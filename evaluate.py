@@ -45,8 +45,9 @@ def read_flags(argv: Sequence[str]) -> Namespace:
     """The flags, each checked by itself. Raises FlagError."""
     parser = FlagParser(
         "evaluate.py",
-        usage="python evaluate.py [--checkpoint PATH] [--fid] [--nll] [--loss] [--nearest] [--flag VALUE ...]",
-        description="Measure a checkpoint. Without --fid, --nll, --loss or --nearest it does what --fid does.",
+        usage="python evaluate.py [--run NAME] [--fid] [--nll] [--loss] [--nearest] [--flag VALUE ...]",
+        description="Measure a checkpoint. Without --fid, --nll, --loss or --nearest it does what --fid does.\n"
+        "  python evaluate.py --run demo --loss --nll\n  python evaluate.py --run demo --num_samples 2000",
     )
     source = PATH | {"metavar": "SOURCE"}
     Flags = list[tuple[str, Kind, Any, str]]

@@ -39,14 +39,16 @@ def read_flags(argv: Sequence[str]) -> Namespace:
     """The flags, each checked by itself. Raises FlagError."""
     parser = FlagParser(
         "export.py",
-        usage="python export.py [--checkpoint PATH] [--output_dir PATH] [--weights_only] [--dtype WORD]",
-        description="Write the averaged weights of a checkpoint as a folder that diffusers opens, or alone.",
+        usage="python export.py [--run NAME] [--output_dir PATH] [--weights_only] [--dtype WORD]",
+        description="Write the averaged weights of a checkpoint as a folder that diffusers opens, or alone.\n"
+        "  python export.py --run demo\n  python export.py --checkpoint docs/shapes.pth --weights_only --dtype bf16",
     )
-    add_checkpoint_flags(parser)
-    parser.add_argument("--output_dir", **PATH, help="the folder to write (default: outputs/export)")
+    what = parser.add_argument_group("what to write")
+    add_checkpoint_flags(what)
+    what.add_argument("--output_dir", **PATH, help="the folder to write (default: outputs/[NAME/]export)")
     comment = "only weights.pth, a small checkpoint for sample.py, evaluate.py and train.py --init_from"
-    parser.add_argument("--weights_only", **TRUTH, default=False, help=comment)
-    parser.add_argument("--dtype", **choice(*DTYPES), default="fp32", help="of the weights: fp32, bf16, fp16 (default: fp32)")
+    what.add_argument("--weights_only", **TRUTH, default=False, help=comment)
+    what.add_argument("--dtype", **choice(*DTYPES), default="fp32", help="of the weights: fp32, bf16, fp16 (default: fp32)")
     return parser.parse(argv)
 
 

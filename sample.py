@@ -59,8 +59,9 @@ def read_flags(argv: Sequence[str]) -> Namespace:
     """The flags, each checked by itself. Raises FlagError."""
     parser = FlagParser(
         "sample.py",
-        usage="python sample.py [--checkpoint PATH] [--flag VALUE ...]",
-        description="Draw pictures from a checkpoint. Picture i depends on the checkpoint, the settings, --seed and i alone.",
+        usage="python sample.py [--run NAME] [--flag VALUE ...]",
+        description="Draw pictures from a checkpoint. Picture i depends on the checkpoint, the settings, --seed and i alone.\n"
+        "  python sample.py --run demo --guidance 2\n  python sample.py --checkpoint docs/shapes.pth --num_samples 16 --gif",
     )
     what = parser.add_argument_group("what to draw")
     add_checkpoint_flags(what)
@@ -81,7 +82,7 @@ def read_flags(argv: Sequence[str]) -> Namespace:
     add_drawing_flags(parser.add_argument_group("how"))
     where = parser.add_argument_group("what to write")
     where.add_argument("--output_dir", **PATH, help="folder for images/000000.png, ..., grid.png, labels.csv (default: the "
-                       "next free outputs/pictures/001, 002, ...); pictures that are there already are kept")  # fmt: skip
+                       "next free outputs/[NAME/]pictures/001, 002, ...); pictures that are there are kept")  # fmt: skip
     where.add_argument("--npz", **TRUTH, default=False, help="also samples.npz: arr_0 uint8 [N, H, W, C], arr_1 the labels")
     where.add_argument("--gif", **TRUTH, default=False, help="also denoising.gif, or with --interpolate interpolation.gif")
     where.add_argument("--columns", **whole(1, 256), help="of the sheet (default: near a square, one class each, or one leg)")

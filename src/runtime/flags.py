@@ -137,6 +137,10 @@ class FlagParser(argparse.ArgumentParser):
         super().__init__(script, allow_abbrev=False, add_help=False, formatter_class=layout, **options)
         self.add_argument("--help", action="help", help="show this text and exit")
 
+    def format_help(self) -> str:
+        self._action_groups.sort(key=lambda group: group is self._optionals)  # --help last: one reads from the top
+        return super().format_help()
+
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """The flags, and as `typed` the names of those that were typed. Of two alike the last counts. Raises FlagError."""
         words = ["--help" if word == "-h" else word for word in argv]  # as a flag, -h would catch -horizontal_flip

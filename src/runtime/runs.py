@@ -16,9 +16,9 @@ from src.utils import FlagError, count, reading
 
 
 def add_checkpoint_flags(group: Any) -> None:
-    group.add_argument("--checkpoint", **PATH, help="the checkpoint (default: checkpoints/best.pth)")
     comment = "name of a run: its checkpoint is checkpoints/NAME/best.pth, its outputs lie below outputs/NAME"
     group.add_argument("--run", **RUN, default="", help=comment)
+    group.add_argument("--checkpoint", **PATH, help="the checkpoint (default: checkpoints/[NAME/]best.pth)")
 
 
 def choose_checkpoint(flags: Namespace) -> None:

@@ -147,24 +147,26 @@ def train_flags(config: ModuleType, constants: Mapping[str, Any], presets: Mappi
     parser = FlagParser(
         "train.py",
         usage="python train.py [--preset NAME] [--flag VALUE ...]",
-        description="Train a diffusion model. A flag beats a preset, a preset beats config.py.",
+        description="Train a diffusion model. A flag beats a preset, a preset beats config.py.\n"
+        "  python train.py --preset demo\n  python train.py --run birds --preset small --dataset folder --data_path birds",
         epilog="\n".join(line for table in listed for line in table),
         argument_default=argparse.SUPPRESS,
     )
     run = parser.add_argument_group("this run")
     if presets:
         run.add_argument("--preset", **choice(*presets, type=str, metavar="NAME"), help="a group of settings, listed below")
-    run.add_argument("--max_steps", **whole(1), help="optimizer steps in all, also past EPOCHS (default: EPOCHS alone)")
-    changes = "resume although settings of the training differ from the checkpoint's (default: false)"
-    run.add_argument("--accept_changes", **TRUTH, help=changes)
-    comment = "start a new run from the weights of this checkpoint, as far as they fit; it brings the shape of the network"
-    run.add_argument("--init_from", **PATH, help=comment)
     comments = read_comments(config)
     groups = {section: parser.add_argument_group(section) for section in dict.fromkeys(c[0] for c in comments.values())}
     for name, kind in KINDS.items():
         section, comment = comments.get(name, ("", ""))
         comment = f"{comment} (default: {as_text(constants[name]) or 'none'})".strip().replace("%", "%%")
-        groups.get(section, parser).add_argument(f"--{name.lower()}", **kind, help=comment)
+        group = run if name == "RUN" else groups.get(section, parser)
+        group.add_argument(f"--{name.lower()}", **kind, help=comment)
+    run.add_argument("--max_steps", **whole(1), help="optimizer steps in all, also past EPOCHS (default: EPOCHS alone)")
+    comment = "resume although settings of the training differ from the checkpoint's (default: false)"
+    run.add_argument("--accept_changes", **TRUTH, help=comment)
+    comment = "start a new run from the weights of this checkpoint, as far as they fit; it brings the shape of the network"
+    run.add_argument("--init_from", **PATH, help=comment)
     return parser
 
 

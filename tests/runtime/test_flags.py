@@ -213,6 +213,15 @@ def test_h_is_help_and_only_that(capsys):
     assert refusal(PARSERS["train.py"], "a\nb", "").startswith("'a\\nb': a word that belongs to no flag.")
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_begins_with_two_examples_that_work_and_names_a_run_first(script):
+    examples = re.findall(r"(?m)^  python (\S+) (.*)$", PARSERS[script].description)
+    assert len(examples) == 2
+    for name, words in examples:
+        assert name == script and SCRIPTS[script](words.split())
+    assert re.findall(r"(?m)^  (--\w+)", PARSERS[script].format_help())[: 2 if script == "train.py" else 1][-1] == "--run"
+
+
 def test_each_word_of_other_repositories_leads_to_a_flag_that_there_is():
     flags = {flag for parser in PARSERS.values() for flag in parser._option_string_actions}
     assert {f"--{ours}" for ours in ELSEWHERE} <= flags

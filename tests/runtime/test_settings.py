@@ -306,11 +306,12 @@ def help_text(monkeypatch, capsys):
 def test_help_fits_100_columns_and_is_grouped_as_config_py_is(help_text):
     assert max(map(len, help_text.splitlines())) <= 100
     headings = re.findall(r"^# -+ (.+?) -+$", Path(config.__file__).read_text(encoding="utf-8"), re.MULTILINE)
-    assert re.findall(r"^(\S.*):$", help_text, re.MULTILINE) == ["options", "this run", *headings, "presets", SOURCES]
+    assert re.findall(r"^(\S.*):$", help_text, re.MULTILINE) == ["this run", *headings, "options", "presets", SOURCES]
 
 
 def test_help_shows_each_constant_with_its_comment_and_default_and_what_a_preset_changes(help_text):
     flags, _, presets = help_text.partition("presets:")
+    assert re.findall(r"(?m)^  --(\w+)", flags)[:2] == ["preset", "run"]
     entries = {entry.split()[0]: "".join(entry.split()) for entry in re.split(r"\n\n|\n(?=  --)", flags) if entry}
     comments = read_comments(config)
     for name in KINDS:
