@@ -249,7 +249,7 @@ def idle_flags(run: Run, step: int) -> dict[str, tuple[str, bool]]:
         "without --class_conditional": ("label_dropout preview_guidance", not s.CLASS_CONDITIONAL),
         f"above TIME_STEPS {s.TIME_STEPS}": ("preview_steps", s.PREVIEW_STEPS > s.TIME_STEPS),
         "on --dataset shapes": ("data_path", s.DATASET == "shapes"),
-        f"on --dataset {s.DATASET}, which is not downloaded": ("data_url data_size data_md5", s.DATASET not in OBTAIN),
+        f"on --dataset {s.DATASET}, which has no such address": ("data_url data_size data_md5", s.DATASET not in OBTAIN),
     }
 
 

@@ -85,7 +85,6 @@ class Settings:
 
 
 KINDS = {setting.name: dict(setting.metadata) for setting in fields(Settings)}
-Names = Collection[str] | None
 IN_TABLE = "config.py: {}[{!r}] sets "
 
 
@@ -108,7 +107,7 @@ class Run(NamedTuple):
         return self.max_steps, f"--max_steps {self.max_steps}"
 
 
-def resolve(config: ModuleType, argv: Sequence[str], dataset_names: Names = None, network_of: Any = None) -> Run:
+def resolve(config: ModuleType, argv: Sequence[str], dataset_names: Any = None, network_of: Any = None) -> Run:
     """Settle every setting: a flag beats a preset, a preset the network of --init_from, that the dataset's row of SOURCES, and
     that the constant. `--help` prints and exits.
 
@@ -117,7 +116,6 @@ def resolve(config: ModuleType, argv: Sequence[str], dataset_names: Names = None
     """
     constants, presets, sources = read_config(config)
     flags = vars(train_flags(config, constants, presets, sources).parse(argv))  # only what was typed
-    del flags["typed"]
     of_run = {name: flags.pop(name) for name in Run._fields if name in flags}
     typed = {name.upper(): value for name, value in flags.items()}
     changes = presets[of_run["preset"]] if "preset" in of_run else {}
@@ -129,7 +127,7 @@ def resolve(config: ModuleType, argv: Sequence[str], dataset_names: Names = None
     places |= dict.fromkeys(network, f"{origin} has ")
     places |= dict.fromkeys(changes, IN_TABLE.format("PRESETS", of_run.get("preset")))
     check_combinations(settings, {name: place for name, place in places.items() if name not in typed}, dataset_names)
-    return Run(settings, frozenset(typed), **of_run)
+    return Run(settings, **of_run | {"typed": frozenset(typed)})
 
 
 def source_of(dataset: str, constants: Mapping[str, Any], sources: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
@@ -160,8 +158,7 @@ def train_flags(config: ModuleType, constants: Mapping[str, Any], presets: Mappi
     for name, kind in KINDS.items():
         section, comment = comments.get(name, ("", ""))
         comment = f"{comment} (default: {as_text(constants[name]) or 'none'})".strip().replace("%", "%%")
-        group = run if name == "RUN" else groups.get(section, parser)
-        group.add_argument(f"--{name.lower()}", **kind, help=comment)
+        (run if name == "RUN" else groups.get(section, parser)).add_argument(f"--{name.lower()}", **kind, help=comment)
     run.add_argument("--max_steps", **whole(1), help="optimizer steps in all, also past EPOCHS (default: EPOCHS alone)")
     comment = "resume although settings of the training differ from the checkpoint's (default: false)"
     run.add_argument("--accept_changes", **TRUTH, help=comment)
@@ -225,7 +222,7 @@ def read_comments(config: ModuleType) -> dict[str, tuple[str, str]]:
     return comments
 
 
-def check_combinations(s: Settings, places: Mapping[str, str], dataset_names: Names = None) -> None:
+def check_combinations(s: Settings, places: Mapping[str, str], dataset_names: Collection[str] | None = None) -> None:
     """Refuse settings that are allowed one by one, but not together. places: where those stand that are no flags."""
 
     def refuse(names: str, allowed: str) -> NoReturn:
