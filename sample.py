@@ -263,9 +263,8 @@ def sample(flags: Namespace, world: World) -> None:
     out = Path(flags.output_dir) if flags.output_dir else next_folder(Path("outputs", flags.run, "pictures"), world)
     facts = {"device": describe(pipeline.device), "checkpoint": flags.checkpoint, "run": flags.run, "step": pipeline.step}
     facts |= {"command": flags.command, "date": time.strftime("%Y-%m-%d %H:%M:%S %z")}
-    with contextlib.ExitStack() as held:
-        if world.is_main:
-            held.enter_context(picture_folder(out, pipeline.about() | series.about, facts, flags.overwrite))
+    about = pipeline.about() | series.about
+    with picture_folder(out, about, facts, flags.overwrite) if world.is_main else contextlib.nullcontext():
         world.barrier()
         size = f"{pipeline.settings.IMAGE_SIZE}x{pipeline.settings.IMAGE_SIZE}"
         print(f"checkpoint {flags.checkpoint}, {flags.weights} weights, {size}")

@@ -263,8 +263,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         nonlocal run
         run = resolve(config, [*shlex.split(os.environ.get("DDPM_FLAGS", "")), *command_line(argv)], DATASETS, network_of)
         with World.join() as world, contextlib.ExitStack() as held:
-            if world.is_main:
-                held.enter_context(FolderLock(run.settings.folder("CHECKPOINT_PATH"), "--checkpoint_path"))
+            names = ("CHECKPOINT_PATH", "OUTPUT_PATH", "LOG_PATH") if world.is_main else ()
+            for folder, name in {run.settings.folder(name): name for name in names}.items():
+                held.enter_context(FolderLock(folder, f"--{name.lower()}"))
             train(run, world, stop)
 
     def out_of_memory() -> str:

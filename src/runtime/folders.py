@@ -1,5 +1,5 @@
-"""Which run owns a folder: one at a time on its checkpoints, none among the previews and curves of another, and pictures that
-are all drawn alike."""
+"""Which run owns a folder: one at a time on it, none among the previews and curves of another, and pictures that are all
+drawn alike."""
 
 import contextlib
 import json
@@ -91,7 +91,8 @@ def claim(folder: Path, checkpoints: Path, saved_in: Path | None) -> None:
         is_foreign = not file.exists() and not saved_in and any([*folder.glob("samples/*"), *folder.glob("events.out.*")])
     theirs = Path(os.path.normpath(folder / owner))
     if owner != ours:
-        is_foreign = theirs.resolve() not in [place.resolve() for place in (checkpoints, saved_in) if place] and is_kept(theirs)
+        is_theirs = theirs.resolve() not in [place.resolve() for place in (checkpoints, saved_in) if place]
+        is_foreign = is_theirs and any(theirs.glob("*.pth"))  # none: their run is gone, else it would hold the folder
         if not is_foreign:
             print(f"note: {folder} had previews or curves of the run in {theirs}; from now on it belongs to this run")
     if is_foreign:
@@ -104,18 +105,6 @@ def claim(folder: Path, checkpoints: Path, saved_in: Path | None) -> None:
         )
     with atomic_file(file) as part:
         part.write(ours.encode("utf-8", "surrogateescape"))
-
-
-def is_kept(checkpoints: Path) -> bool:
-    """Whether there are checkpoints in the folder of a run, or a process that holds it and may yet save some."""
-    try:
-        with open(checkpoints / LOCK, "r+", encoding="utf-8") as file:
-            take(file)
-    except (BlockingIOError, PermissionError):
-        return True
-    except OSError:  # no such file, or a file system without locks
-        pass
-    return any(checkpoints.glob("*.pth"))
 
 
 def take(file: IO[str]) -> None:

@@ -372,7 +372,9 @@ def test_the_lock_is_free_again_once_its_process_is_gone_however_it_went(run):
     first = run.start_train(signal_at(3, 0, "SIGSTOP"))
     first.wait(lambda: (run.folder / "checkpoints/.ddpm.lock").exists() and "saves to" in first.out)
     refused = run.train(code=1).err
-    assert f"in use by process {first.pid} on " in refused
+    assert f"checkpoints is in use by process {first.pid} on " in refused
+    assert f"outputs is in use by process {first.pid} on " in run.train(CHECKPOINT_PATH="others", code=1).err
+    assert not (run.folder / "others").exists()
     first.send(9)
     first.wait()
     run.train(max_steps=2)

@@ -59,7 +59,6 @@ REFUSED = {
     "no data": ("train.py", dict(DATA_PATH="nothere"), []),
     "no weights to start from": ("train.py", dict(init_from="gone.pth"), []),
     "deep folders": ("train.py", dict(DATA_PATH="nothere", RUN="mine", LOG_PATH="a/b/c", CACHE_PATH="d/e"), []),
-    "damaged pictures": ("train.py", dict(DATA_PATH="bad", CACHE_PATH="d/e"), []),
     "no checkpoint": ("sample.py", {}, ["--output_dir", "a/b"]),
     "no class": ("sample.py", {}, ["--checkpoint", "best.pth", "--classes", "cat"]),
     "other pictures": ("evaluate.py", {}, ["--checkpoint", "best.pth", "--reference", "bad", "--features", "random"]),
