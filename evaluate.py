@@ -81,13 +81,7 @@ def read_flags(argv: Sequence[str]) -> Namespace:
         ("--cache_path", PATH, None, "where decoded pictures and features are kept (default: CACHE_PATH of the checkpoint)"),
         ("--log_path", PATH, None, "TensorBoard folder of the curves by t (default: LOG_PATH of the checkpoint)"),
     ]  # fmt: skip
-    groups = {
-        "what to measure": what,
-        "--fid and --nearest": distribution,
-        "--nll and --loss": bound,
-        "how": [],
-        "where": where,
-    }
+    groups = {"what to measure": what, "--fid, --nearest": distribution, "--nll, --loss": bound, "how": [], "where": where}
     for title, listed in groups.items():
         group = parser.add_argument_group(title)
         if title == "what to measure":

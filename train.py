@@ -13,15 +13,14 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from src import noise
 from src.classes import same_classes
-from src.dataset import DATASETS, Batch, DeviceImages, Images, ValidationBatches
-from src.diffusion import GaussianDiffusion
+from src.dataset import DATASETS, DeviceImages, Images
 from src.ema import EMA
 from src.runtime.build import (
     build_batches,
@@ -47,11 +46,12 @@ from src.runtime.device import (
 from src.runtime.distributed import World
 from src.runtime.flags import command_line
 from src.runtime.folders import FolderLock, claim
+from src.runtime.judge import Judge
 from src.runtime.monitor import Meter, Monitor, print_plan, print_summary, work_of
 from src.runtime.resume import check_data, check_length, check_resume
 from src.runtime.settings import Run, Settings, resolve
 from src.runtime.signals import StopRequest, run_script
-from src.utils import UserError, caption, class_columns, save_png, sheet, to_uint8, writing
+from src.utils import UserError, writing
 
 try:
     import config
@@ -72,25 +72,23 @@ def train(run: Run, world: World, stop: StopRequest) -> None:
     model = place(build_model(s, len(data["train"].classes)).train(), device, dtype)
     if run.init_from and not saved:
         start_from(run.init_from, s, model)
-    ema, diffusion = EMA(model, s.EMA_DECAY), build_diffusion(s).to(device)
+    ema, diffusion, meter = EMA(model, s.EMA_DECAY), build_diffusion(s).to(device), Meter(s.TIME_STEPS, device, world)
     optimizer, scaler = build_optimizer(s, model), torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     batches = build_batches(s, DeviceImages(data["train"], device), world)
     val_batches = build_validation(s, DeviceImages(data["val"], device), world)
-    meter, progress = Meter(s.TIME_STEPS, device, world), Progress()
+    progress = Progress(run.limit(batches.steps_per_epoch)[0], batches.steps_per_epoch)
+    check_length(saved, s, progress.last_step, run.accept_changes)
     parts = {"model": model, "ema": ema.model, "optimizer": optimizer, "scaler": scaler, "meter": meter}
-    last_step, _ = run.limit(batches.steps_per_epoch)
-    check_length(saved, s, last_step, run.accept_changes)
-    checkpoints = Checkpoints(s, world, data, last_step, progress, parts, saved)
+    checkpoints = Checkpoints(s, world, data, progress, parts, saved)
     print_plan(run, config, world, describe(device), dtype, model, batches, val_batches, progress.step)
     parallel = world.parallel(InPrecision(model, device, dtype), device)
     network = compiled(parallel) if compiles else parallel
     networks = {"ema": InPrecision(ema.model, device, dtype), "raw": InPrecision(model, device, dtype)}
-
-    work = work_of(s, world, batches, val_batches, last_step)
-    with Monitor(s, world, device, progress.step, last_step, work) as monitor, stop.postponed("step"):
-        is_stopped = stop.agree(world)
-        while progress.step < last_step and not is_stopped:
-            step, lr = progress.step, learning_rate(s, progress.step, last_step)
+    work = work_of(s, world, batches, val_batches, progress.last_step)
+    with Monitor(s, world, device, progress.step, progress.last_step, work) as monitor, stop.postponed("step"):
+        judge, is_stopped = Judge(s, world, stop, monitor, diffusion, networks, val_batches, checkpoints), stop.agree(world)
+        while progress.step < progress.last_step and not is_stopped:
+            step, lr = progress.step, learning_rate(s, progress.step, progress.last_step)
             optimizer.param_groups[0]["lr"] = lr
             torch.manual_seed(noise.seed(s.SEED, noise.DROPOUT, step, world.rank))  # dropout's masks follow from the step, too
             for micro in range(s.GRAD_ACCUM_STEPS):
@@ -101,7 +99,7 @@ def train(run: Run, world: World, stop: StopRequest) -> None:
                 meter.add(losses, t)
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), s.GRAD_CLIP or math.inf)
-            optimizer.found_inf = meter.add_norm(norm, step + 1)  # type: ignore[attr-defined]  # 1.0, not finite: Adam skips
+            optimizer.found_inf = meter.add_norm(norm, step + 1)  # type: ignore[attr-defined]  # 1.0: fused Adam does nothing
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
@@ -109,28 +107,33 @@ def train(run: Run, world: World, stop: StopRequest) -> None:
             progress.step += 1
             monitor.bar.update()
 
-            # Every so often. Only here does the loop wait for the device.
-            is_last = progress.step == last_step
-            is_judged = is_last or progress.step % (s.VAL_EVERY * batches.steps_per_epoch) == 0
-            wants_save = stop.signal is not None or checkpoints.is_due(s.SAVE_MINUTES)
-            is_logged = progress.step % s.LOG_EVERY == 0
-            if not (is_judged or is_logged or device.type == "cpu" or (wants_save and world.size == 1)):
-                continue
-            stop_if_not_finite(s, meter, scaler, lr)
-            must_save = is_judged or any(world.max(wants_save))
-            if must_save or is_logged:
+            judges, logs, saves = due(s, world, stop, device, checkpoints)  # only then does the loop wait for the device
+            if judges or logs or saves or device.type == "cpu":
+                stop_if_not_finite(s, meter, scaler, lr)
                 meter.collect()
-            if is_logged:
+            if logs:
                 monitor.log(progress.step, meter.read() | {"optimizer/learning_rate": lr})
-            if is_judged:
-                progress.epoch, left = divmod(progress.step, batches.steps_per_epoch)
-                judge(s, world, stop, monitor, diffusion, networks, val_batches, checkpoints, left == 0, is_last)
-            if must_save:
+            if judges:
+                judge()
+            if saves:
                 monitor.flush()  # else a kill would lose points that the resumed run does not draw again
                 checkpoints.save("latest")  # last: a run that was killed before this does again what came before
                 monitor.restart_clock(progress.step)
                 is_stopped = stop.agree(world)
-    print_summary(s, progress.step, last_step)
+    print_summary(s, progress.step, progress.last_step)
+
+
+def due(
+    s: Settings, world: World, stop: StopRequest, device: torch.device, checkpoints: Checkpoints
+) -> tuple[bool, bool, bool]:
+    """Whether to judge, to log and to save after the step just done. A signal and the clock may reach one process alone, and
+    all must save together: several GPUs agree on that where they wait for each other in any case."""
+    progress = checkpoints.progress
+    judges = progress.is_done or progress.step % (s.VAL_EVERY * progress.steps_per_epoch) == 0
+    logs = progress.step % s.LOG_EVERY == 0
+    wants_save = stop.signal is not None or checkpoints.is_due(s.SAVE_MINUTES)
+    may_ask = judges or logs or device.type == "cpu" or world.size == 1
+    return judges, logs, judges or (may_ask and any(world.max(wants_save)))
 
 
 def learning_rate(s: Settings, step: int, last_step: int) -> float:
@@ -183,77 +186,6 @@ def stop_if_not_finite(s: Settings, meter: Meter, scaler: torch.amp.GradScaler, 
             f"{kept}. Run again with half the learning rate (--learning_rate {s.LEARNING_RATE / 2:g} --accept_changes), "
             f"more --warmup_steps, or --precision fp32."
         )
-
-
-def judge(
-    s: Settings,
-    world: World,
-    stop: StopRequest,
-    monitor: Monitor,
-    diffusion: GaussianDiffusion,
-    networks: dict[str, InPrecision],
-    val_batches: ValidationBatches,
-    checkpoints: Checkpoints,
-    ends_epoch: bool,
-    is_last: bool,
-) -> None:
-    """The validation loss and best.pth; every SAMPLE_EVERY epochs a preview, every SAVE_EVERY a checkpoint to keep."""
-    progress, step, epoch = checkpoints.progress, checkpoints.progress.step, checkpoints.progress.epoch
-
-    def is_due(every: int) -> bool:  # whether a multiple of so many epochs lies after the last validation
-        return epoch // every > (epoch - s.VAL_EVERY) // every
-
-    with stop.postponed("validation"):
-        val_loss = validate(world, diffusion, networks["ema"], monitor.track("validation", val_batches))
-    if not math.isfinite(val_loss):
-        raise FloatingPointError(f"The validation loss after step {step:,} is not finite")
-    monitor.scalars(step, {"loss/val": val_loss, "progress/epoch": epoch})
-    monitor.bar.write(f"epoch {epoch}, step {step:,}: validation loss {val_loss:.5f}")
-    if is_last or is_due(s.SAMPLE_EVERY):
-        with stop.postponed("preview"):
-            sheets = {}
-            for name, network in networks.items():
-                sheets[name] = preview(s, world, monitor, diffusion, network, checkpoints.classes)
-        for name, picture in sheets.items():
-            monitor.image(step, f"samples/{name}", picture)
-        if world.is_main:
-            name = f"epoch_{epoch:03}.png" if ends_epoch else f"step_{step:06}.png"
-            with writing(path := s.folder("OUTPUT_PATH") / "samples" / name, "--output_path"):
-                save_png(sheets["ema"], path)
-    if val_loss < progress.best_loss:
-        progress.best_loss = val_loss
-        checkpoints.save("best")
-    if ends_epoch and (is_last or is_due(s.SAVE_EVERY)):
-        checkpoints.save(f"epoch_{epoch:03}")
-
-
-def validate(world: World, diffusion: GaussianDiffusion, network: nn.Module, batches: Iterable[Batch]) -> float:
-    """The mean of GaussianDiffusion.validation_losses over images, steps and noise that are always the same."""
-    sums = torch.zeros(2, dtype=torch.float64)  # of the losses, of the images
-    for batch in batches:
-        losses = diffusion.validation_losses(network, *batch).cpu()
-        sums += torch.stack([losses.double().sum(), torch.tensor(len(losses))])
-    loss, count = world.sum(sums).tolist()
-    return loss / count
-
-
-def preview(
-    s: Settings, world: World, monitor: Monitor, diffusion: GaussianDiffusion, network: nn.Module, classes: list[str]
-) -> Tensor:
-    """A sheet of NUM_SAMPLES pictures, always from the same noise: those of `sample.py --seed SEED`. [3, H, W] uint8."""
-    device, shape, steps = diffusion.signal.device, (s.CHANNELS, s.IMAGE_SIZE, s.IMAGE_SIZE), min(s.PREVIEW_STEPS, s.TIME_STEPS)
-    pictures = torch.zeros(s.NUM_SAMPLES, *shape, dtype=torch.uint8)
-    labels = torch.arange(s.NUM_SAMPLES) % len(classes)
-    batches = torch.arange(s.NUM_SAMPLES).split(world.local_batch_size(s.BATCH_SIZE))
-    for indices in monitor.track("preview", world.shard(batches)):
-        x_T = noise.PictureNoise(s.SEED, indices.tolist(), shape, device)
-        y = labels[indices].to(device) if s.CLASS_CONDITIONAL else None
-        images = diffusion.sample(network, (len(indices), *shape), "dpm++", steps, noise=x_T, y=y, guidance=s.guidance)
-        pictures[indices] = to_uint8(images)
-    pictures = world.sum(pictures)  # those of the other processes are zero here
-    if not s.CLASS_CONDITIONAL:
-        return sheet(pictures)
-    return sheet(pictures, [caption(classes[k], k) for k in labels.tolist()], class_columns(len(classes)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

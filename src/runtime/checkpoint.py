@@ -42,9 +42,19 @@ class DamagedCheckpoint(CheckpointError):
 class Progress:
     """How far a run has come."""
 
+    last_step: int
+    steps_per_epoch: int
     step: int = 0  # optimizer steps done
-    epoch: int = 0  # epochs done
     best_loss: float = float("inf")  # lowest validation loss of the EMA weights so far
+
+    @property
+    def epoch(self) -> int:
+        """Epochs done."""
+        return self.step // self.steps_per_epoch
+
+    @property
+    def is_done(self) -> bool:
+        return self.step == self.last_step
 
 
 class Checkpoints:
@@ -56,18 +66,11 @@ class Checkpoints:
     """
 
     def __init__(
-        self,
-        settings: Settings,
-        world: World,
-        data: Mapping[str, Images],
-        last_step: int,
-        progress: Progress,
-        parts: Mapping[str, Any],
-        saved: Mapping[str, Any] | None,
+        self, settings: Settings, world: World, data: dict[str, Images], progress: Progress, parts: dict, saved: dict | None
     ):
         self.folder, self.world, self.progress, self.parts = settings.folder("CHECKPOINT_PATH"), world, progress, parts
         self.classes: list[str] = data["train"].classes
-        self.about: dict[str, Any] = {"config": asdict(settings), "last_step": last_step, "data": fingerprints(data)}
+        self.about: dict[str, Any] = {"config": asdict(settings), "last_step": progress.last_step, "data": fingerprints(data)}
         self.about |= {"classes": self.classes, "class_ids": data["train"].class_ids}
         self.saved_at = time.monotonic()
         if saved:
@@ -89,6 +92,7 @@ class Checkpoints:
 
     def write(self, name: str) -> None:
         states = {part: thing.state_dict() for part, thing in self.parts.items()}
+        states |= {name: getattr(self.progress, name) for name in ("step", "epoch", "best_loss")}
         path, needed = self.folder / f"{name}.pth", 4 * sum(t.nbytes for t in states["model"].values())  # Adam's moments, EMA
         note = f"A checkpoint takes about {needed / 1e6:,.0f} MB. Those saved before are whole, and the same command goes on; "
         note += "for another place move them there first."
@@ -97,7 +101,7 @@ class Checkpoints:
         with writing(path, "--checkpoint_path", note):
             try:
                 with atomic_file(path) as file:
-                    torch.save({"version": VERSION} | self.about | vars(self.progress) | states, file)
+                    torch.save({"version": VERSION} | self.about | states, file)
             except RuntimeError as error:  # torch hides what a write raises behind a RuntimeError
                 raise (error.__context__ if isinstance(error.__context__, (OSError, KeyboardInterrupt)) else error) from None
 
@@ -108,8 +112,7 @@ class Checkpoints:
                 load_weights(part, state[name])
             elif state[name]:  # the scaler's state is empty but for fp16
                 part.load_state_dict(state[name])
-        for name in vars(self.progress):
-            setattr(self.progress, name, state[name])
+        self.progress.step, self.progress.best_loss = state["step"], state["best_loss"]
 
 
 def fingerprints(data: Mapping[str, Images]) -> dict[str, dict[str, Any]]:

@@ -51,7 +51,8 @@ class Meter:
         self.sums.index_add_(1, quarter, torch.stack(finite(losses.detach())))
 
     def add_norm(self, norm: Tensor, step: int) -> Tensor:
-        """norm: of the gradient of step number `step`. Returns 1.0 if it is not finite, else 0.0, on the device."""
+        """norm: of the gradient of step number `step`. Returns 1.0 if it is not finite, else 0.0, on the device: what fused
+        Adam reads from its attribute found_inf. Under fp16 GradScaler.step puts its own there for the call, to the same end."""
         value, is_finite = finite(norm)
         self.norms += torch.stack([value, is_finite])
         self.bad_step = torch.where((is_finite == 0) & (self.bad_step < 0), step, self.bad_step)

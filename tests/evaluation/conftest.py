@@ -60,7 +60,7 @@ class Tiny:
         parts |= {"scaler": torch.amp.GradScaler("cpu", enabled=False), "meter": Meter(30, CPU)}
         images = Images(np.zeros(3), torch.zeros(3), list(classes), list(classes), Path(), "of the test")
         data = {"train": images, "val": images}
-        Checkpoints(settings or self.settings, World(), data, 30, Progress(7, 1), parts, None).save(name)
+        Checkpoints(settings or self.settings, World(), data, Progress(30, 7, 7), parts, None).save(name)
         return self.root / f"{name}.pth"
 
     def words(self, *words: str) -> list[str]:

@@ -15,10 +15,10 @@ import torch_fidelity
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import evaluate
-import train
 from src.dataset import DeviceImages
-from src.runtime.build import build_diffusion, build_validation, open_images
+from src.runtime.build import build_diffusion, build_model, build_validation, open_images
 from src.runtime.distributed import World
+from src.runtime.judge import validate
 from src.runtime.pipeline import Pipeline
 from tests.evaluation.conftest import random_pictures, write_folder
 from tests.runs import ROOT
@@ -77,7 +77,7 @@ def test_exact_and_drawn_bounds_agree_and_terms_add_up(tiny, tmp_path):
 def test_the_loss_is_the_one_that_train_logs(tiny, tmp_path):
     s, loss = tiny.settings, tiny.call("--loss", "--log_path", tmp_path).loss
     batches, diffusion = build_validation(s, DeviceImages(open_images(s, "val"), "cpu")), build_diffusion(s)
-    logged = train.validate(World(), diffusion, tiny.model.eval(), batches)
+    logged = validate(World(), diffusion, tiny.model.eval(), batches)
     assert loss["held_out"] == pytest.approx(logged, rel=1e-6)  # another memory layout
     bins = loss["by_t"]
     assert [row["t_to"] for row in bins] == [row["t_from"] - 1 for row in bins[1:]] + [29] and bins[0]["t_from"] == 0
@@ -211,7 +211,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_is(tiny, capsys, dra
 
 def test_data_with_other_classes_than_the_checkpoints_are_refused(tiny, capsys, draws_nothing):
     settings = replace(tiny.settings, CLASS_CONDITIONAL=True)
-    model = train.build_model(settings, 7)
+    model = build_model(settings, 7)
     path = tiny.save("classes", model, classes=["ant", "bee", "cat", "dog", "eel", "fox", "gnu"], settings=settings)
     for words in (["--loss"], ["--nll"], ["--num_samples", "12"], ["--nearest"]):
         sentence = refusal(capsys, tiny.words("--checkpoint", path, *words))

@@ -67,10 +67,10 @@ class Parts:
 
     def checkpoints(self, folder: Path, settings, progress: Progress, saved=None) -> Checkpoints:
         settings = replace(settings, CHECKPOINT_PATH=str(folder))
-        return Checkpoints(settings, World(), images(4), 30, progress, self.table, saved)
+        return Checkpoints(settings, World(), images(4), progress, self.table, saved)
 
     def save(self, path: Path, settings, step: int = 3) -> Path:
-        self.checkpoints(path.parent, settings, Progress(step, 1, 0.5)).save(path.stem)
+        self.checkpoints(path.parent, settings, Progress(30, 3, step, 0.5)).save(path.stem)
         return path
 
 
@@ -88,11 +88,11 @@ def test_what_is_saved_is_loaded_to_the_last_bit(tmp_path, settings):
 
 
 def test_what_one_writes_the_other_restores(tmp_path, settings):
-    first, second, progress = Parts(), Parts(), Progress()
+    first, second, progress = Parts(), Parts(), Progress(30, 3)
     first.save(tmp_path / "latest.pth", settings)
     saved = load_checkpoint(tmp_path / "latest.pth")
     again = second.checkpoints(tmp_path, settings, progress, saved)
-    assert progress == Progress(3, 1, 0.5)
+    assert progress == Progress(30, 3, 3, 0.5)
     again.save("again")
     assert same(load_checkpoint(tmp_path / "again.pth"), saved)
 
@@ -103,7 +103,7 @@ def test_a_new_part_is_one_entry(tmp_path, settings):
     counter.norms += 7
     saved = load_checkpoint(parts.save(tmp_path / "latest.pth", settings))
     counter.norms.zero_()
-    parts.checkpoints(tmp_path, settings, Progress(), saved)
+    parts.checkpoints(tmp_path, settings, Progress(30, 3), saved)
     assert counter.norms.tolist() == [7, 7]
 
 
@@ -327,9 +327,9 @@ def test_other_images_are_refused_with_their_counts_and_accepted_on_request(tmp_
     ],
 )
 def test_a_best_loss_of_another_measure_is_not_compared(tmp_path, settings, capsys, change, says):
-    saved, progress = load_checkpoint(Parts().save(tmp_path / "latest.pth", settings)), Progress()
+    saved, progress = load_checkpoint(Parts().save(tmp_path / "latest.pth", settings)), Progress(30, 3)
     Parts().checkpoints(tmp_path, settings, progress, change(saved))
-    assert progress == Progress(3, 1, float("inf") if says else 0.5)
+    assert progress == Progress(30, 3, 3, float("inf") if says else 0.5)
     out = capsys.readouterr().out
     assert (f"best.pth is chosen anew: the lowest validation loss so far, 0.50000, {says}" in out) if says else out == ""
 
