@@ -184,9 +184,9 @@ class Pipeline:
         firsts = self.world.shard(range(0, len(indices), batch_size))
         for first in firsts:
             batch = indices[first : first + batch_size]
-            drawn = list(batch)
-            if self.is_compiled and first > firsts[0]:  # another shape would be compiled anew: fill up the last batch
-                drawn += [drawn[-1]] * (batch_size - len(drawn))
+            # Fill up the last batch: another shape would be compiled anew, and for 1 to 3 pictures a CPU rounds otherwise.
+            least = max(batch_size * (self.is_compiled and first > firsts[0]), 4 * (self.device.type == "cpu"))
+            drawn = [*batch, *[batch[-1]] * (least - len(batch))]
             yield batch, self.draw(*start(drawn), bar, frames if first == 0 else None)[: len(batch)]
 
     @torch.no_grad()
