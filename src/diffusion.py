@@ -88,8 +88,8 @@ class GaussianDiffusion(nn.Module):
         abar_before = F.pad(abar[:-1], (1, 0), value=1.0)  # the clean image carries no noise
         w_0, w_t, var = posterior(abar, abar_before)
         snr = abar / (1 - abar)
-        # The network's error measured on eps, v or x_0 differs by these factors of the SNR (ibid., sec. 3.4).
-        per_x_0_error = {"eps": 1 / snr, "v": 1 / (snr + 1), "x0": torch.ones_like(snr)}[prediction]
+        # By `to_x_0`: the squared error of x_0 where that of the prediction is 1 (arXiv:2303.09556, sec. 3.4).
+        x_0_error = {"eps": 1 / snr, "v": 1 / (snr + 1), "x0": torch.ones_like(snr)}[prediction]
         tables = {
             "signal": abar.sqrt(),  # q(x_t | x_0) = N(signal x_0, sigma^2 I)                        Eq. (4)
             "sigma": (1 - abar).sqrt(),
@@ -97,8 +97,8 @@ class GaussianDiffusion(nn.Module):
             "w_t": w_t,
             "var": var,
             "log_var": var.clamp(min=var[1]).log(),  # var is 0 at t = 0: the logarithm takes its neighbour's
-            "weight": snr.clamp(max=min_snr_gamma) * per_x_0_error if min_snr_gamma else torch.ones_like(snr),
-            "val_weight": (5 / snr).clamp(max=1),
+            "weight": snr.clamp(max=min_snr_gamma) * x_0_error if min_snr_gamma else torch.ones_like(snr),
+            "val_weight": (5 / snr).clamp(max=1),  # of an error of eps: min-SNR with gamma 5, see validation_losses
         }
         for name, table in tables.items():
             self.register_buffer(name, table.float(), persistent=False)  # follows from the settings: not checkpointed

@@ -89,6 +89,6 @@ def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
     straight line the points between would hold too little noise. a, b: of one shape."""
     cosine = F.cosine_similarity(a.flatten(), b.flatten(), dim=0).double().clamp(-1, 1)
     angle = cosine.acos()
-    if angle < 1e-6:  # the two have the same direction: the circle is a line
+    if angle < 1e-6 or share in (0, 1):  # the two have the same direction: the circle is a line. And the ends are exact
         return torch.lerp(a, b, share)
     return ((((1 - share) * angle).sin() * a + (share * angle).sin() * b) / angle.sin()).to(a.dtype)

@@ -106,13 +106,13 @@ def logsnr(abar: Tensor, steps: int) -> list[int]:
     """Evenly spaced in the log-SNR, as Lu et al. 2022 (arXiv:2206.00927) take them, from the noise of T - 1, at most 160 times
     as strong as the signal, to 0.02 times, which stands for the clean image. The linear schedule ends at 157; the cosine
     schedule has a third of its log-SNR beyond 160, in its last four t. docs/recipes.md has the measurements. abar: [T]."""
-    log_noise = (1 / abar - 1).log() / 2  # ln(sigma / signal) at each t
+    log_noise = (1 / abar - 1).log() / 2  # ln(sigma / signal) at each t, rising
     first, last = min(math.log(160), log_noise[-1].item()), math.log(0.02)
     times = [len(abar) - 1]
     for i in range(1, steps):
-        aim = first + (last - first) * i / steps
-        nearest = int((log_noise - aim).abs().argmin())
-        times.append(max(steps - 1 - i, min(times[-1] - 1, nearest)))  # each t once: none is left out if all are wanted
+        nearest = int((log_noise - (first + (last - first) * i / steps)).abs().argmin())
+        fewest, most = steps - 1 - i, times[-1] - 1  # each t once, with enough of them left for the other steps
+        times.append(max(fewest, min(most, nearest)))
     return times
 
 

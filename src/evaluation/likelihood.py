@@ -101,7 +101,7 @@ def stratum_terms(
 ) -> Tensor:
     """What the steps in `part` add to the bound, by one t for each image and one x_t: [B] float64 nats, right in expectation.
     keys: [B] int64 noise addresses, one an image: t and noise hang on them and on `part` alone, not on the batch."""
-    t = part.start + noise.randint(noise.key(keys, -1 - part.start), len(part))
+    t = part.start + noise.randint(noise.key(keys, -1 - part.start), len(part))  # negative: no key of the noise at some t
     eps = noise.normal(noise.key(keys, t).to(x_0.device), x_0.shape[1:])
     return len(part) * step_terms(diffusion, model, x_0, t.to(x_0.device), eps, y, **options)
 
