@@ -75,8 +75,8 @@ def train(run: Run, world: World, stop: StopRequest) -> None:
     ema, diffusion, meter = EMA(model, s.EMA_DECAY), build_diffusion(s).to(device), Meter(s.TIME_STEPS, device, world)
     optimizer, scaler = build_optimizer(s, model), torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     batches = build_batches(s, DeviceImages(data["train"], device), world)
-    val_batches = build_validation(s, DeviceImages(data["val"], device), world)
     progress = Progress(run.limit(batches.steps_per_epoch)[0], batches.steps_per_epoch)
+    val_batches = build_validation(s, DeviceImages(data["val"], device), world, last_step=progress.last_step)
     check_length(saved, s, progress.last_step, run.accept_changes)
     parts = {"model": model, "ema": ema.model, "optimizer": optimizer, "scaler": scaler, "meter": meter}
     checkpoints = Checkpoints(s, world, data, progress, parts, saved)

@@ -214,12 +214,23 @@ class TrainBatches:
         return Batch(x_0, t, eps, torch.where(hidden, -1, y))
 
 
-class ValidationBatches:
-    """`count` validation images (all if there are fewer), each with t and noise that are always the same. They depend neither
-    on the seed of the run nor on the batch size, so runs can be compared.
+def validation_draws(images: int, count: int, draws: int, time_steps: int) -> tuple[Tensor, Tensor]:
+    """What the validation loss is measured on: which `count` of so many images (all if there are fewer), and each at which t.
+    They are taken several times until there are `draws`, or a few more. The t of an image are spread evenly over [0, T), and so
+    are those of all draws together. Returns rows and t, each [draws] int64."""
+    fixed = torch.Generator().manual_seed(noise.VALIDATION)
+    rows = torch.randperm(images, generator=fixed)[: min(count, draws)]  # at random: the images come class by class
+    n, rounds = len(rows), -(-draws // len(rows))
+    place = torch.randperm(n, generator=fixed).repeat(rounds)  # of each image among the n that share a stretch
+    image, turn = torch.arange(n).repeat(rounds), torch.arange(rounds).repeat_interleave(n)
+    stretch = (image + turn) % rounds  # of [0, T) in so many parts: each image gets one t in each
+    return rows[image], (stretch * n + place) * time_steps // (rounds * n)
 
-    Few images are taken several times, until there are `count` draws, and 500 at least. The draws of an image are spread
-    evenly over [0, T), and so are all draws together. With several processes each gets every world_size-th batch.
+
+class ValidationBatches:
+    """The validation images with t (`validation_draws`) and noise that are always the same. They depend neither on the seed of
+    the run nor on the batch size, so runs can be compared. With several processes each gets every world_size-th batch.
+
     batch_size: images per batch and process.
     """
 
@@ -228,32 +239,28 @@ class ValidationBatches:
         images: DeviceImages,
         *,
         count: int,
+        draws: int,
         batch_size: int,
         time_steps: int = 1000,
         has_labels: bool = False,
         rank: int = 0,
         world_size: int = 1,
     ):
-        self.images, self.time_steps, self.has_labels = images, time_steps, has_labels
-        fixed = torch.Generator().manual_seed(noise.VALIDATION)
-        self.rows = torch.randperm(len(images), generator=fixed)[:count]  # at random: the images come class by class
-        self.rounds = -(-max(count, 500) // len(self.rows))
-        self.deal = torch.randperm(len(self.rows), generator=fixed)
-        self.draws = torch.arange(self.rounds * len(self.rows)).split(batch_size)[rank::world_size]
+        self.images, self.has_labels = images, has_labels
+        self.rows, self.t = validation_draws(len(images), count, draws, time_steps)
+        self.draws = torch.arange(len(self.t)).split(batch_size)[rank::world_size]
 
     def __len__(self) -> int:
         """Batches of this process."""
         return len(self.draws)
 
     def __iter__(self) -> Iterator[Batch]:
-        n, device = len(self.rows), self.images.device
+        device = self.images.device
         for draws in self.draws:
-            x_0, y = self.images.batch(self.rows[draws % n])
-            stretch = (draws % n + draws // n) % self.rounds  # of [0, T) in so many parts: each image gets one t in each
-            t = (stretch * n + self.deal[draws % n]) * self.time_steps // (self.rounds * n)
+            x_0, y = self.images.batch(self.rows[draws])
             keys = noise.key(0, noise.VALIDATION, draws).to(device, non_blocking=True)
             eps = noise.normal(keys, x_0.shape[1:])
-            yield Batch(x_0, t.to(device, non_blocking=True), eps, y if self.has_labels else None)
+            yield Batch(x_0, self.t[draws].to(device, non_blocking=True), eps, y if self.has_labels else None)
 
 
 def test_dataset() -> None:

@@ -128,7 +128,7 @@ def test_checkpoints_are_plain_dicts_with_the_keys_promised(trained):
         state = trained.state(name)
         assert (
             set(state)
-            == {"version", "last_step", "data", *TO_RESUME}
+            == {"version", "last_step", "data", "draws", *TO_RESUME}
             >= {"model", "ema", "optimizer", "step", "epoch", "config"}
         )
         assert (state["step"], state["epoch"]) == {"epoch_002": (20, 2)}.get(name, (30, 3))
@@ -168,6 +168,17 @@ def test_the_preview_is_the_sheet_that_sample_py_draws(run, kind, request):
     preview, sheet = (np.array(Image.open(path)).astype(int) for path in
                       (trained.folder / "outputs/samples/epoch_002.png", run.folder / "drawn/grid.png"))  # fmt: skip
     assert preview.shape == sheet.shape and abs(preview - sheet).max() <= 1
+
+
+def test_a_run_of_a_handful_of_steps_looks_at_itself_in_proportion(run):
+    """At most ten passes of the network for each image it trains on; a picture of the preview takes 2 x 3 of them."""
+    run.train(max_steps=1, BATCH_SIZE=1)
+    assert run.state("best")["draws"] == 10
+    run.to("longer").train(max_steps=3, BATCH_SIZE=1)
+    one, four = (
+        Image.open(run.folder / name) for name in ("outputs/samples/step_000001.png", "longer/outputs/samples/step_000003.png")
+    )
+    assert one.size < four.size
 
 
 # --- TensorBoard --------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from src import noise
 from src.dataset import DeviceImages, Images, TrainBatches, ValidationBatches, obtain, prepare
 from src.diffusion import GaussianDiffusion
 from src.model import UNet
-from src.runtime.checkpoint import TO_DRAW, CheckpointError, load_checkpoint
+from src.runtime.checkpoint import TO_DRAW, CheckpointError, load_checkpoint, number_of_draws
 from src.runtime.distributed import World
 from src.runtime.settings import Settings, as_flags, differences
 from src.utils import UserError
@@ -111,15 +111,14 @@ def build_batches(settings: Settings, images: DeviceImages, world: World = World
 
 
 def build_validation(
-    settings: Settings,
-    images: DeviceImages,
-    world: World = World(),
-    batch_size: int = 0,
+    settings: Settings, images: DeviceImages, world: World = World(), batch_size: int = 0, last_step: int | None = None
 ) -> ValidationBatches:
-    """batch_size: images per batch and process; 0 takes four times that of training, since no backward pass needs memory."""
+    """batch_size: images per batch and process; 0 takes four times that of training, since no backward pass needs memory.
+    last_step: of the run, if that may be a handful of steps."""
     return ValidationBatches(
         images,
         count=settings.VAL_IMAGES,
+        draws=number_of_draws(settings, len(images), last_step),
         batch_size=batch_size or 4 * world.local_batch_size(settings.BATCH_SIZE),
         time_steps=settings.TIME_STEPS,
         has_labels=settings.CLASS_CONDITIONAL,

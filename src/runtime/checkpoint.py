@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from src.dataset import Images
+from src.dataset import Images, validation_draws
 from src.runtime.distributed import World
 from src.runtime.folders import no_checkpoint
 from src.runtime.settings import Settings, settings_from_dict
 from src.utils import UserError, atomic_file, flush_folder, numbered, reason, stand_in, take_free, writing
 
 VERSION = 2  # of the layout. This program reads its own version and older ones.
+FEWEST_DRAWS = 500  # of a validation: fewer put checkpoints into another order now and then (docs/recipes.md)
 TO_DRAW = ("config", "classes", "class_ids", "ema")
 TO_TRAIN = ("model", "optimizer", "scaler", "meter")
 TO_RESUME = (*TO_DRAW, "step", "epoch", "best_loss", *TO_TRAIN)
@@ -72,10 +73,11 @@ class Checkpoints:
         self.classes: list[str] = data["train"].classes
         self.about: dict[str, Any] = {"config": asdict(settings), "last_step": progress.last_step, "data": fingerprints(data)}
         self.about |= {"classes": self.classes, "class_ids": data["train"].class_ids}
+        self.about |= {"draws": number_of_draws(settings, len(data["val"]), progress.last_step)}
         self.saved_at = time.monotonic()
         if saved:
             self.restore(saved)
-            if why := other_measure(saved, settings, self.about["data"]):
+            if why := other_measure(saved, settings, self.about):
                 print(f"note: best.pth is chosen anew: the lowest validation loss so far, {progress.best_loss:.5f}, {why}")
                 progress.best_loss = float("inf")
 
@@ -120,13 +122,28 @@ def fingerprints(data: Mapping[str, Images]) -> dict[str, dict[str, Any]]:
     return {split: {"images": len(images), "fingerprint": images.fingerprint} for split, images in data.items()}
 
 
+def most_passes(s: Settings, last_step: int) -> int:
+    """How many passes of the network a validation or a preview may take: ten for each image that the whole run trains on. So a
+    run of a handful of steps does not spend minutes on looking at itself."""
+    return 10 * last_step * s.BATCH_SIZE * s.GRAD_ACCUM_STEPS
+
+
+def number_of_draws(s: Settings, images: int, last_step: int | None = None) -> int:
+    """Of the validation loss: one for each of VAL_IMAGES images, and where there are few FEWEST_DRAWS in all."""
+    draws = max(min(s.VAL_IMAGES, images), FEWEST_DRAWS)
+    return draws if last_step is None else min(draws, most_passes(s, last_step))
+
+
 def other_measure(saved: Mapping[str, Any], settings: Settings, now: Mapping[str, Any]) -> str:
-    """Why validation losses of the checkpoint do not compare with those to come; "" if they do. now: as `fingerprints`."""
+    """Why validation losses of the checkpoint do not compare with those to come; "" if they do. now: as Checkpoints.about."""
     if saved["version"] == 1:
         return "was measured by an older version of this program, with other weights"
-    if saved["config"].VAL_IMAGES != settings.VAL_IMAGES:
-        return f"was measured with VAL_IMAGES {saved['config'].VAL_IMAGES}"
-    return "was measured on other images" if saved.get("data", now)["val"] != now["val"] else ""
+    if saved.get("data", now["data"])["val"] != now["data"]["val"]:
+        return "was measured on other images"
+    images, count = now["data"]["val"]["images"], saved["config"].VAL_IMAGES
+    before = validation_draws(images, count, saved.get("draws", max(count, 500)), settings.TIME_STEPS)  # older ones: see there
+    after = validation_draws(images, settings.VAL_IMAGES, now["draws"], settings.TIME_STEPS)
+    return "" if all(map(torch.equal, before, after)) else f"was measured by {len(before[0]):,} draws, not {len(after[0]):,}"
 
 
 def load_checkpoint(path: Path, needs: Collection[str] = TO_RESUME, mmap: bool = False) -> dict[str, Any]:

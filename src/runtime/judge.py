@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from src import noise
 from src.dataset import Batch, ValidationBatches
 from src.diffusion import GaussianDiffusion
-from src.runtime.checkpoint import Checkpoints
+from src.runtime.checkpoint import Checkpoints, most_passes
 from src.runtime.distributed import World
 from src.runtime.monitor import Monitor
 from src.runtime.settings import Settings
@@ -62,12 +62,15 @@ class Judge:
             self.checkpoints.save(f"epoch_{epoch:03}")
 
     def preview(self, network: nn.Module) -> Tensor:
-        """A sheet of NUM_SAMPLES pictures, always from the same noise: those of `sample.py --seed SEED`. [3, H, W] uint8."""
+        """A sheet of NUM_SAMPLES pictures, of fewer if the run has a handful of steps, always from the same noise: those of
+        `sample.py --seed SEED`. [3, H, W] uint8."""
         s, device, classes = self.s, self.diffusion.signal.device, self.checkpoints.classes
         shape, steps = (s.CHANNELS, s.IMAGE_SIZE, s.IMAGE_SIZE), min(s.PREVIEW_STEPS, s.TIME_STEPS)
-        pictures = torch.zeros(s.NUM_SAMPLES, *shape, dtype=torch.uint8)
-        labels = torch.arange(s.NUM_SAMPLES) % len(classes)
-        batches = torch.arange(s.NUM_SAMPLES).split(self.world.local_batch_size(s.BATCH_SIZE))
+        passes = steps * len(self.networks) * (1 if s.guidance == 1 else 2)  # for one picture of each network
+        number = max(1, min(s.NUM_SAMPLES, most_passes(s, self.checkpoints.progress.last_step) // passes))
+        pictures = torch.zeros(number, *shape, dtype=torch.uint8)
+        labels = torch.arange(number) % len(classes)
+        batches = torch.arange(number).split(self.world.local_batch_size(s.BATCH_SIZE))
         for rows in self.monitor.track("preview", self.world.shard(batches)):
             x_T = noise.PictureNoise(s.SEED, rows.tolist(), shape, device)
             y = labels[rows].to(device) if s.CLASS_CONDITIONAL else None

@@ -219,7 +219,7 @@ def print_plan(
         "settings": (", ".join(changed) or "all defaults") + (f" ({', '.join(origin)})" if origin else ""),
         "device": f"{device}, {as_text(dtype).removeprefix('torch.')}{together}",
         "network": f"{parameter_count(model):,} parameters",
-        "images": f"{len(batches.images):,} for training, {len(val_batches.rows):,} for validation, {size}",
+        "images": f"{len(batches.images):,} for training, {len(val_batches.rows.unique()):,} for validation, {size}",
         "classes": class_line(s, batches.images.classes),
         "steps": f"{last_step:,} in all by {limit} ({per_epoch}), {done}",
         "saves to": s.folder("CHECKPOINT_PATH").resolve(),

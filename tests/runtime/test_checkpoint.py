@@ -80,7 +80,7 @@ class Parts:
 def test_what_is_saved_is_loaded_to_the_last_bit(tmp_path, settings):
     parts = Parts()
     state = load_checkpoint(parts.save(tmp_path / "latest.pth", settings))
-    assert state.keys() == {"version", "last_step", "data", *TO_RESUME}
+    assert state.keys() == {"version", "last_step", "data", "draws", *TO_RESUME}
     assert same(state["model"], dict(parts.model.state_dict()))
     assert same(state["optimizer"], parts.optimizer.state_dict())
     assert state["config"] == replace(settings, CHECKPOINT_PATH=str(tmp_path))
@@ -320,7 +320,9 @@ def test_other_images_are_refused_with_their_counts_and_accepted_on_request(tmp_
     ("change", "says"),
     [
         (lambda state: state | {"data": {"val": {}}}, "was measured on other images"),
-        (lambda state: state | {"config": replace(state["config"], VAL_IMAGES=7)}, "was measured with VAL_IMAGES 7"),
+        (lambda state: state | {"config": replace(state["config"], VAL_IMAGES=7)}, ""),  # there are three
+        (lambda state: state | {"config": replace(state["config"], VAL_IMAGES=2)}, "was measured by 500 draws, not 501"),
+        (lambda state: state | {"draws": 40}, "was measured by 42 draws, not 501"),
         (lambda state: state | {"version": 1}, "was measured by an older version of this program"),
         (lambda state: {name: entry for name, entry in state.items() if name != "data"}, ""),  # it is not known
         (lambda state: state | {"data": state["data"] | {"train": {}}}, ""),
