@@ -26,6 +26,7 @@ from torch._dynamo.utils import counters
 
 from benchmarks import common
 from benchmarks.common import Args, Call, Table
+from benchmarks.lean import LeanResBlock
 from src import model as plain
 from src import noise
 from src.dataset import DeviceImages, Images
@@ -101,15 +102,14 @@ def compiled(part: str, **options: Any) -> Callable[[Step], None]:
     return change
 
 
-MODULES = [c for c in vars(kernels).values() if isinstance(c, type) and issubclass(c, nn.Module)]
-SWAPS = tuple(c for c in MODULES if c is not kernels.LeanResBlock)  # which no device has by itself
+SWAPS = tuple(c for c in vars(kernels).values() if isinstance(c, type) and issubclass(c, nn.Module))
 
 # What is not decided yet, and what each swap of kernels.py gains. name: function that changes a built step.
 VARIANTS: dict[str, Callable[[Step], None]] = {
     "as train.py": lambda step: None,
     "plain": swapped(SWAPS),
     **{f"no-{quick.__name__}": swapped(quick) for quick in SWAPS},
-    "lean": swapped(plain.ResBlock, kernels.LeanResBlock),
+    "lean": swapped(plain.ResBlock, LeanResBlock),
     "four-product": swapped(plain.Upsample, kernels.FourProductUpsample),
     "eager": lambda step: setattr(step, "network", step.eager),
     "graphs": compiled("network", mode="reduce-overhead"),

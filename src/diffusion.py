@@ -64,15 +64,6 @@ class GaussianDiffusion(nn.Module):
     Raises ValueError for a value that is not allowed.
     """
 
-    signal: Tensor
-    sigma: Tensor
-    w_0: Tensor
-    w_t: Tensor
-    var: Tensor
-    log_var: Tensor
-    weight: Tensor
-    val_weight: Tensor
-
     def __init__(self, time_steps: int = 1000, schedule: str = "linear", prediction: str = "eps", min_snr_gamma: float = 0.0):
         super().__init__()
         for name, value, known in (("schedule", schedule, SCHEDULES), ("prediction", prediction, PREDICTIONS)):
@@ -90,18 +81,15 @@ class GaussianDiffusion(nn.Module):
         snr = abar / (1 - abar)
         # By `to_x_0`: the squared error of x_0 where that of the prediction is 1 (arXiv:2303.09556, sec. 3.4).
         x_0_error = {"eps": 1 / snr, "v": 1 / (snr + 1), "x0": torch.ones_like(snr)}[prediction]
-        tables = {
-            "signal": abar.sqrt(),  # q(x_t | x_0) = N(signal x_0, sigma^2 I)                        Eq. (4)
-            "sigma": (1 - abar).sqrt(),
-            "w_0": w_0,  # q(x_{t-1} | x_t, x_0) = N(w_0 x_0 + w_t x_t, var I)                       Eqs. (6), (7)
-            "w_t": w_t,
-            "var": var,
-            "log_var": var.clamp(min=var[1]).log(),  # var is 0 at t = 0: the logarithm takes its neighbour's
-            "weight": snr.clamp(max=min_snr_gamma) * x_0_error if min_snr_gamma else torch.ones_like(snr),
-            "val_weight": (5 / snr).clamp(max=1),  # of an error of eps: min-SNR with gamma 5, see validation_losses
-        }
-        for name, table in tables.items():
-            self.register_buffer(name, table.float(), persistent=False)  # follows from the settings: not checkpointed
+
+        def table(values: Tensor) -> nn.Buffer:
+            return nn.Buffer(values.float(), persistent=False)  # follows from the settings: not checkpointed
+
+        self.signal, self.sigma = table(abar.sqrt()), table((1 - abar).sqrt())  # of q(x_t | x_0), Eq. (4)
+        self.w_0, self.w_t, self.var = table(w_0), table(w_t), table(var)  # of q(x_{t-1} | x_t, x_0), Eqs. (6), (7)
+        self.log_var = table(var.clamp(min=var[1]).log())  # var is 0 at t = 0: the logarithm takes its neighbour's
+        self.weight = table(snr.clamp(max=min_snr_gamma) * x_0_error if min_snr_gamma else torch.ones_like(snr))
+        self.val_weight = table((5 / snr).clamp(max=1))  # of an error of eps: min-SNR with gamma 5, see validation_losses
 
     # --- forward process: Eq. (4) -----------------------------------------------------------------------
 

@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks.lean import norm_silu
 from src import noise
 from src.diffusion import GaussianDiffusion
 from src.ema import EMA
 from src.model import UNet
 from src.noise import PictureNoise
 from src.runtime.device import InPrecision
-from src.runtime.kernels import norm_silu
 from src.samplers import SAMPLERS
 from src.utils import to_uint8
 

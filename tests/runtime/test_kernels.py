@@ -9,14 +9,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.lean import LeanResBlock, norm_silu
 from src.model import Attention, ResBlock, Upsample
 from src.runtime.kernels import (
     FormulaAttention,
     FourProductUpsample,
-    LeanResBlock,
     LowPrecisionNorm,
     QuickNorm,
-    norm_silu,
     speed_up,
     swaps,
 )
