@@ -66,7 +66,7 @@ class Judge:
         `sample.py --seed SEED`. [3, H, W] uint8."""
         s, device, classes = self.s, self.diffusion.signal.device, self.checkpoints.classes
         shape, steps = (s.CHANNELS, s.IMAGE_SIZE, s.IMAGE_SIZE), min(s.PREVIEW_STEPS, s.TIME_STEPS)
-        passes = steps * len(self.networks) * (1 if s.guidance == 1 else 2)  # for one picture of each network
+        passes = steps * len(self.networks) * (1 if s.guidance in (0, 1) else 2)  # for one picture of each network
         number = max(1, min(s.NUM_SAMPLES, most_passes(s, self.checkpoints.progress.last_step) // passes))
         pictures = torch.zeros(number, *shape, dtype=torch.uint8)
         labels = torch.arange(number) % len(classes)
