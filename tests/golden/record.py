@@ -52,7 +52,7 @@ REFUSALS = [
     ("train.py", "--beta_schedule cosin", 2, ["--beta_schedule", "'cosin'", "linear", "cosine"]),
     ("train.py", "--preset dmo", 2, ["--preset", "'dmo'", "demo", "h100"]),
     ("train.py", "--batchsize 4", 2, ["--batchsize", "--batch_size"]),
-    ("train.py", "--dataset mnist", 2, ["--dataset", "mnist", "tiny-imagenet", "folder", "shapes"]),
+    ("train.py", "--dataset lsun", 2, ["--dataset", "lsun", "tiny-imagenet", "folder", "shapes"]),
     ("train.py", "--image_size 30", 2, ["--image_size", "30", "multiples of 8", "24 or 32"]),
     ("train.py", "--unet_dim 100", 2, ["--unet_dim", "100", "multiples of 8", "96 or 104"]),
     ("train.py", "--precision fp16 --device cpu", 2, ["--precision", "fp16", "--device cpu", "fp32", "bf16"]),
