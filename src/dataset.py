@@ -229,10 +229,7 @@ def validation_draws(images: int, count: int, draws: int, time_steps: int) -> tu
 
 class ValidationBatches:
     """The validation images with t (`validation_draws`) and noise that are always the same. They depend neither on the seed of
-    the run nor on the batch size, so runs can be compared. With several processes each gets every world_size-th batch.
-
-    batch_size: images per batch and process.
-    """
+    the run nor on the batch size, so runs can be compared. With several processes each gets every world_size-th batch."""
 
     def __init__(
         self,
@@ -251,8 +248,7 @@ class ValidationBatches:
         self.draws = torch.arange(len(self.t)).split(batch_size)[rank::world_size]
 
     def __len__(self) -> int:
-        """Batches of this process."""
-        return len(self.draws)
+        return len(self.draws)  # batches of this process
 
     def __iter__(self) -> Iterator[Batch]:
         device = self.images.device

@@ -56,7 +56,7 @@ REFUSALS = [
     ("train.py", "--image_size 30", 2, ["--image_size", "30", "multiples of 8", "24 or 32"]),
     ("train.py", "--unet_dim 100", 2, ["--unet_dim", "100", "multiples of 8", "96 or 104"]),
     ("train.py", "--precision fp16 --device cpu", 2, ["--precision", "fp16", "--device cpu", "fp32", "bf16"]),
-    ("sample.py", "--checkpoint nowhere.pth", 1, ["nowhere.pth", "python train.py"]),
+    ("sample.py", "--checkpoint nowhere.pth", 1, ["nowhere.pth", "Choose one of"]),
     ("sample.py", "--sampler euler", 2, ["--sampler", "'euler'", "ddpm", "ddim", "dpm++"]),
     ("sample.py", "--eta 0.5", 2, ["--eta", "0.5", "ddim"]),
 ]
