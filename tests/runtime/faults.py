@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 from tests.runs import ROOT, Process, Runner
 
@@ -29,12 +30,13 @@ ROWS = read_table()
 FAULTS: dict[str, Callable[..., Process]] = {}
 
 
-def fault(name: str) -> Callable:
-    """The function below brings about the fault of that row, checks what is kept, and returns the process."""
+def fault(row: str, /, **given: Any) -> Callable:
+    """The function below, given these arguments, brings about the fault of that row, checks what is kept, and returns the
+    process. Its other parameters are fixtures."""
 
     def note(bring_about: Callable[..., Process]) -> Callable[..., Process]:
-        assert name not in FAULTS
-        FAULTS[name] = bring_about
+        assert row not in FAULTS
+        FAULTS[row] = partial(bring_about, **given)
         return bring_about
 
     return note

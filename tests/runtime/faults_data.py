@@ -13,80 +13,6 @@ from tests.runtime.faults import fault, kept, saved_run
 
 # --- settings -----------------------------------------------------------------------------------------
 
-
-@fault("A flag that cannot be")
-def bad_flag(run):
-    return run.start_train(BATCH_SIZE="many").wait()
-
-
-def with_config(run: Runner, change: Callable[[str], str]) -> Process:
-    """A run in a copy of the repository whose config.py has been changed."""
-    text = (ROOT / "config.py").read_text(encoding="utf-8")
-    assert change(text) != text
-    (run.folder / "config.py").write_text(change(text), encoding="utf-8")
-    setup = f"import sys; sys.path.insert(0, {str(run.folder)!r}); sys.modules.pop('config')"
-    return run.start_train(setup, BATCH_SIZE=None).wait()
-
-
-@fault("config.py lacks a constant")
-def constant_missing(run):
-    return with_config(run, lambda text: re.sub(r"(?m)^BATCH_SIZE = .*\n", "", text))
-
-
-@fault("config.py has a misspelt constant")
-def constant_misspelt(run):
-    return with_config(run, lambda text: re.sub(r"(?m)^BATCH_SIZE = ", "BATCH_SIZ = ", text))
-
-
-@fault("config.py is no Python, or raises an error")
-def no_python(run):
-    process = with_config(run, lambda text: text.replace("EPOCHS = 100", "EPOCHS = many"))
-    assert "cannot be read: name 'many' is not defined." in process.err
-    process = with_config(run, lambda text: text.replace("EPOCHS = 100", "EPOCHS = = 100"))
-    assert "(config.py, line " in process.err
-    return process
-
-
-@fault("A path in config.py has a single backslash")
-def backslash(run):
-    return with_config(run, lambda text: re.sub('(?m)^DATA_PATH = "[^"]*"', r'DATA_PATH = "D:\\new"', text))
-
-
-@fault("config.py has a value that cannot be")
-def bad_constant(run):
-    return with_config(run, lambda text: re.sub(r"(?m)^BATCH_SIZE = \d+", "BATCH_SIZE = 'many'", text))
-
-
-# --- pictures -----------------------------------------------------------------------------------------
-
-
-def with_pictures(run: Runner, change: Callable[[Path], object], **settings) -> Process:
-    """A run on a copy of the pictures, changed, that leaves no half-made cache."""
-    folder = run.folder / "pictures"
-    shutil.copytree(run.pictures, folder)
-    change(folder)
-    process = run.start_train(DATA_PATH=folder, CACHE_PATH="cache", **settings).wait()
-    assert not run.files(".*part-*")
-    return process
-
-
-@fault("The folder of pictures is not there")
-def no_folder(run):
-    return with_pictures(run, shutil.rmtree)
-
-
-@fault("The folder holds no pictures")
-def no_pictures(run):
-    def change(folder: Path) -> None:
-        shutil.rmtree(folder)
-        folder.mkdir()
-        (folder / "notes.txt").touch()
-
-    process = with_pictures(run, change)
-    assert "Found there besides: 1 .txt (notes.txt)." in process.err
-    return process
-
-
 UNREADABLE = """
 import os
 scandir = os.scandir
@@ -99,10 +25,95 @@ def refuse(path):
 os.scandir = refuse
 """
 
+NO_LOCKS = """
+import _multiprocessing, errno
 
-@fault("A folder of pictures that cannot be read")
-def unreadable_folder(run):
-    return run.start_train(UNREADABLE).wait()
+class Full(_multiprocessing.SemLock):
+    def __new__(cls, *_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+_multiprocessing.SemLock = Full
+"""
+
+
+@fault("A flag that cannot be", BATCH_SIZE="many")
+@fault("Fewer pictures than a step takes", BATCH_SIZE=64, GRAD_ACCUM_STEPS=2)
+@fault("A folder of pictures that cannot be read", setup=UNREADABLE)
+@fault("/dev/shm is full or read-only", setup=NO_LOCKS, CACHE_PATH="cache", NUM_WORKERS=2)
+def settings_at_fault(run, setup="", **settings):
+    return run.start_train(setup, **settings).wait()
+
+
+@fault("config.py lacks a constant", line="BATCH_SIZE = .*\n", by="")
+@fault("config.py has a misspelt constant", line="BATCH_SIZE", by="BATCH_SIZ")
+@fault("config.py has a value that cannot be", line=r"BATCH_SIZE = \d+", by="BATCH_SIZE = 'many'")
+@fault("A path in config.py has a single backslash", line='DATA_PATH = "[^"]*"', by=r'DATA_PATH = "D:\\new"')
+def with_config(run: Runner, line: str, by: str) -> Process:
+    """A run in a copy of the repository whose config.py has another line."""
+    text, count = re.subn(f"(?m)^{line}", by, (ROOT / "config.py").read_text(encoding="utf-8"))
+    assert count == 1
+    (run.folder / "config.py").write_text(text, encoding="utf-8")
+    setup = f"import sys; sys.path.insert(0, {str(run.folder)!r}); sys.modules.pop('config')"
+    return run.start_train(setup, BATCH_SIZE=None).wait()
+
+
+@fault("config.py is no Python, or raises an error")
+def no_python(run):
+    process = with_config(run, "EPOCHS = 100", "EPOCHS = many")
+    assert "cannot be read: name 'many' is not defined." in process.err
+    process = with_config(run, "EPOCHS = 100", "EPOCHS = = 100")
+    assert "(config.py, line " in process.err
+    return process
+
+
+# --- pictures -----------------------------------------------------------------------------------------
+
+
+def put(content: bytes | np.ndarray, name: str = "red circle/x.png") -> Callable[[Path], object]:
+    """A change of a folder of pictures: one file more, of these bytes or this image."""
+
+    def change(folder: Path) -> None:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content) if isinstance(content, bytes) else Image.fromarray(content).save(folder / name)
+
+    return change
+
+
+def flip_a_bit(folder: Path) -> None:
+    path = next((folder / "red circle").glob("*.png"))
+    data = bytearray(path.read_bytes())
+    data[-20] ^= 1
+    path.write_bytes(data)
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
+
+@fault("The folder of pictures is not there", change=shutil.rmtree)
+@fault("A bit of a PNG has flipped", change=flip_a_bit)
+@fault("Pictures that are git-LFS pointers", change=put(LFS))
+@fault("A class whose only picture is damaged", change=put(b"damaged", "green/x.png"), SKIP_DAMAGED=True)
+@fault("12 bits in a file of 16, and no word about it", change=put(np.full((9, 9), 3000, np.uint16)))
+def with_pictures(run: Runner, change: Callable[[Path], object], **settings) -> Process:
+    """A run on a copy of the pictures, changed, that leaves no half-made cache."""
+    folder = run.folder / "pictures"
+    shutil.copytree(run.pictures, folder)
+    change(folder)
+    process = run.start_train(DATA_PATH=folder, CACHE_PATH="cache", **settings).wait()
+    assert not run.files(".*part-*")
+    return process
+
+
+@fault("The folder holds no pictures")
+def no_pictures(run):
+    def change(folder: Path) -> None:
+        shutil.rmtree(folder)
+        folder.mkdir()
+        (folder / "notes.txt").touch()
+
+    process = with_pictures(run, change)
+    assert "Found there besides: 1 .txt (notes.txt)." in process.err
+    return process
 
 
 @fault("Files that are no pictures, hidden, or of an unread kind")
@@ -172,7 +183,7 @@ def split_badly(run):
 
 @fault("A file that is not a picture")
 def not_a_picture(run):
-    process = with_pictures(run, lambda folder: (folder / "red circle" / "x.png").write_bytes(b"not a picture"))
+    process = with_pictures(run, put(b"not a picture"))
     assert "red circle/x.png is not a picture" in process.err
     return process
 
@@ -189,69 +200,19 @@ def truncated_picture(run):
     return process
 
 
-@fault("A bit of a PNG has flipped")
-def flipped_bit_of_a_picture(run):
-    def change(folder: Path) -> None:
-        path = next((folder / "red circle").glob("*.png"))
-        data = bytearray(path.read_bytes())
-        data[-20] ^= 1
-        path.write_bytes(data)
-
-    return with_pictures(run, change)
-
-
 @fault("The same, with `--skip_damaged`")
 def skipped(run):
-    process = with_pictures(run, lambda folder: (folder / "red circle" / "x.png").write_bytes(b"damaged"), SKIP_DAMAGED=True)
+    process = with_pictures(run, put(b"damaged"), SKIP_DAMAGED=True)
     assert "80 images of 4 classes" in process.out
     return process
 
 
-@fault("Pictures that are git-LFS pointers")
-def lfs_pointer(run):
-    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
-    return with_pictures(run, lambda folder: (folder / "red circle" / "x.png").write_bytes(pointer))
-
-
-def with_picture(run: Runner, size: tuple[int, int], name: str = "red circle/x.tif", **options) -> Process:
-    return with_pictures(run, lambda folder: Image.new("RGB", size).save(folder / name, **options))
-
-
-@fault("A stack of pages, or an animation")
-def stack(run):
-    return with_picture(run, (9, 9), save_all=True, append_images=[Image.new("RGB", (9, 9))] * 2)
-
-
-@fault("A picture longer than 2:1")
-def panorama(run):
-    return with_picture(run, (36, 9))
-
-
-@fault("A picture smaller than IMAGE_SIZE")
-def small_picture(run):
-    return with_picture(run, (5, 7))
-
-
-@fault("A class whose only picture is damaged")
-def class_without_pictures(run):
-    def change(folder: Path) -> None:
-        (folder / "green").mkdir()
-        (folder / "green" / "x.png").write_bytes(b"damaged")
-
-    return with_pictures(run, change, SKIP_DAMAGED=True)
-
-
-@fault("A broken colour profile")
-def broken_profile(run):
-    return with_picture(run, (9, 9), "red circle/x.jpg", icc_profile=b"x")
-
-
-@fault("12 bits in a file of 16, and no word about it")
-def twelve_bits(run):
-    def change(folder: Path) -> None:
-        Image.fromarray(np.full((9, 9), 3000, np.uint16)).save(folder / "red circle" / "x.png")
-
-    return with_pictures(run, change)
+@fault("A stack of pages, or an animation", save_all=True, append_images=[Image.new("RGB", (9, 9))] * 2)
+@fault("A picture longer than 2:1", size=(36, 9))
+@fault("A picture smaller than IMAGE_SIZE", size=(5, 7))
+@fault("A broken colour profile", name="x.jpg", icc_profile=b"x")
+def with_picture(run: Runner, size: tuple[int, int] = (9, 9), name: str = "x.tif", **options) -> Process:
+    return with_pictures(run, lambda folder: Image.new("RGB", size).save(folder / "red circle" / name, **options))
 
 
 # A user's own dataset, as it is added to src/dataset.py.
@@ -294,27 +255,6 @@ def own_that_cannot_be_pickled(run):
     settings = {"DATASET": "own", "CACHE_PATH": "cache", "NUM_WORKERS": 0, "max_steps": 1}
     assert "Done: step" in run.to("one process").train(setup, **settings).out
     return process
-
-
-NO_LOCKS = """
-import _multiprocessing, errno
-
-class Full(_multiprocessing.SemLock):
-    def __new__(cls, *_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-_multiprocessing.SemLock = Full
-"""
-
-
-@fault("/dev/shm is full or read-only")
-def no_locks(run):
-    return run.start_train(NO_LOCKS, CACHE_PATH="cache", NUM_WORKERS=2).wait()
-
-
-@fault("Fewer pictures than a step takes")
-def too_few_pictures(run):
-    return run.start_train(BATCH_SIZE=64, GRAD_ACCUM_STEPS=2).wait()
 
 
 @fault("Tiny ImageNet with files missing")

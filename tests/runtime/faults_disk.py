@@ -66,24 +66,12 @@ def below_a_file(run: Runner) -> Path:
     return run.folder / "file" / "folder"
 
 
-@fault("No permission to write checkpoints")
-def no_permission_for_checkpoints(run):
-    return run.start_train(CHECKPOINT_PATH=below_a_file(run)).wait()
-
-
-@fault("No permission to write grids")
-def no_permission_for_grids(run):
-    return run.start_train(OUTPUT_PATH=below_a_file(run)).wait()
-
-
-@fault("No permission to write logs")
-def no_permission_for_logs(run):
-    return run.start_train(LOG_PATH=below_a_file(run)).wait()
-
-
-@fault("No permission to write the cache")
-def no_permission_for_the_cache(run):
-    return run.start_train(CACHE_PATH=below_a_file(run)).wait()
+@fault("No permission to write checkpoints", place="CHECKPOINT_PATH")
+@fault("No permission to write grids", place="OUTPUT_PATH")
+@fault("No permission to write logs", place="LOG_PATH")
+@fault("No permission to write the cache", place="CACHE_PATH")
+def no_permission(run, place):
+    return run.start_train(**{place: below_a_file(run)}).wait()
 
 
 LITTLE_DISK = """
@@ -118,7 +106,9 @@ def no_permission_for_pictures(run, trained):
 # --- checkpoints --------------------------------------------------------------------------------------
 
 
-def damaged(run: Runner, change: Callable[[bytes], bytes], trained: Runner) -> Process:
+@fault("latest.pth is truncated", change=lambda data: data[:-1000])
+@fault("A bit of latest.pth has flipped", change=lambda data: data[:200_000] + bytes([data[200_000] ^ 4]) + data[200_001:])
+def damaged(run: Runner, trained: Runner, change: Callable[[bytes], bytes]) -> Process:
     """A run that meets a changed latest.pth and goes on from the newest that loads to the same end."""
     run.train(max_steps=10)
     run.train(max_steps=13)
@@ -133,17 +123,6 @@ def damaged(run: Runner, change: Callable[[bytes], bytes], trained: Runner) -> P
     return process
 
 
-@fault("latest.pth is truncated")
-def truncated(run, trained):
-    return damaged(run, lambda data: data[:-1000], trained)
-
-
-@fault("A bit of latest.pth has flipped")
-def flipped(run, trained):
-    middle = 200_000
-    return damaged(run, lambda data: data[:middle] + bytes([data[middle] ^ 4]) + data[middle + 1 :], trained)
-
-
 @fault("latest.pth is gone")
 def gone(run, trained):
     run.train(max_steps=13)
@@ -153,6 +132,14 @@ def gone(run, trained):
     return process
 
 
+def as_bytes(content: object) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
+@fault("No checkpoint in the folder loads", content=b"damaged")
+@fault("A checkpoint of another program", content=as_bytes({"state_dict": {"weight": torch.zeros(3)}}))
 def met_at_start(run: Runner, content: bytes, setup: str = "", **settings) -> Process:
     """A run that finds this as its only checkpoint, and leaves it alone."""
     latest = run.folder / "checkpoints" / "latest.pth"
@@ -161,17 +148,6 @@ def met_at_start(run: Runner, content: bytes, setup: str = "", **settings) -> Pr
     process = run.start_train(setup, **settings).wait()
     kept(run, {"checkpoints/latest.pth": content})
     return process
-
-
-def as_bytes(content: object) -> bytes:
-    file = io.BytesIO()
-    torch.save(content, file)
-    return file.getvalue()
-
-
-@fault("No checkpoint in the folder loads")
-def none_loads(run):
-    return met_at_start(run, b"damaged")
 
 
 class Code:
@@ -187,48 +163,6 @@ def code(run):
     return process
 
 
-@fault("A checkpoint of another program")
-def of_another_program(run):
-    return met_at_start(run, as_bytes({"state_dict": {"weight": torch.zeros(3)}}))
-
-
-@fault("A checkpoint without its optimizer")
-def of_weights_alone(run, trained):
-    state = trained.state()
-    return met_at_start(run, as_bytes({name: state[name] for name in ("ema", "config", "classes")}))
-
-
-@fault("A checkpoint of a newer format")
-def of_a_newer_format(run, trained):
-    return met_at_start(run, as_bytes(trained.state() | {"version": 99}))
-
-
-@fault("A checkpoint that lacks a setting")
-def of_fewer_settings(run, trained):
-    state = trained.state()
-    del state["config"]["PREVIEW_STEPS"]
-    return met_at_start(run, as_bytes(state))
-
-
-@fault("A checkpoint with a setting of a newer program")
-def of_more_settings(run, trained):
-    state = trained.state()
-    state["config"]["FUTURE"] = 1
-    return met_at_start(run, as_bytes(state))
-
-
-@fault("Other settings than the checkpoint's")
-def other_settings(run, trained):
-    process = met_at_start(run, as_bytes(trained.state()), UNET_DIM=16)
-    assert "(UNET_DIM 8 -> 16)" in process.err and "give its own settings: --unet_dim 8;" in process.err
-    return process
-
-
-@fault("Other settings that a run may take up")
-def tunable_settings(run, trained):
-    return met_at_start(run, as_bytes(trained.state()), LEARNING_RATE=1e-5)
-
-
 OTHER_NETWORK = """
 import torch, src.runtime.build
 
@@ -239,6 +173,33 @@ class OtherUNet(src.runtime.build.UNet):
 
 src.runtime.build.UNet = OtherUNet
 """
+
+
+def with_settings(state: dict, **changes: object) -> dict:
+    return state | {"config": state["config"] | changes}
+
+
+def of_cats(state: dict) -> dict:
+    return with_settings(state, CLASS_CONDITIONAL=True) | {"classes": ["cat"], "class_ids": ["cat"]}
+
+
+@fault("A checkpoint without its optimizer", change=lambda state: {name: state[name] for name in ("ema", "config", "classes")})
+@fault("A checkpoint of a newer format", change=lambda state: state | {"version": 99})
+@fault("A checkpoint that lacks a setting", change=lambda state: state["config"].pop("PREVIEW_STEPS") and state)
+@fault("A checkpoint with a setting of a newer program", change=lambda state: with_settings(state, FUTURE=1))
+@fault("Other settings that a run may take up", LEARNING_RATE=1e-5)
+@fault("The network in src/model.py was changed", setup=OTHER_NETWORK)
+@fault("Data with other classes", change=of_cats, CLASS_CONDITIONAL=True)
+def meets_another(run, trained, change=lambda state: state, **settings):
+    """A run that finds the checkpoint of a finished one, changed."""
+    return met_at_start(run, as_bytes(change(trained.state())), **settings)
+
+
+@fault("Other settings than the checkpoint's")
+def other_settings(run, trained):
+    process = meets_another(run, trained, UNET_DIM=16)
+    assert "(UNET_DIM 8 -> 16)" in process.err and "give its own settings: --unet_dim 8;" in process.err
+    return process
 
 
 @fault("The previews or curves of another run are in the folder")
@@ -268,18 +229,6 @@ def moved(run):
     return process
 
 
-@fault("The network in src/model.py was changed")
-def other_network(run, trained):
-    return met_at_start(run, as_bytes(trained.state()), OTHER_NETWORK)
-
-
-@fault("Data with other classes")
-def other_classes(run, trained):
-    state = trained.state() | {"classes": ["cat", "dog"], "class_ids": ["cat", "dog"]}
-    state["config"] = state["config"] | {"CLASS_CONDITIONAL": True}  # else its classes do not matter
-    return met_at_start(run, as_bytes(state), CLASS_CONDITIONAL=True)
-
-
 def half_of_the_pictures(run: Runner) -> dict[str, object]:
     few = run.folder / "few"
     shutil.copytree(run.pictures, few)
@@ -290,7 +239,7 @@ def half_of_the_pictures(run: Runner) -> dict[str, object]:
 
 @fault("Pictures were added, removed or edited since")
 def other_pictures(run, trained):
-    return met_at_start(run, as_bytes(trained.state()), **half_of_the_pictures(run))
+    return meets_another(run, trained, **half_of_the_pictures(run))
 
 
 @fault("The same, with --accept_changes")
@@ -301,20 +250,12 @@ def other_pictures_accepted(run):
     return process
 
 
-@fault("No checkpoint to draw from")
-def no_checkpoint(run):
-    return run.start("sample.py").wait()
-
-
-@fault("A damaged checkpoint to draw from")
-def damaged_for_drawing(run):
+@fault("No checkpoint to draw from", words=[])
+@fault("A damaged checkpoint to draw from", words=["--checkpoint", "half.pth"])
+@fault("A checkpoint with a name that no disk takes", words=["--checkpoint", 300 * "a"])
+def nothing_to_draw_from(run, words):
     (run.folder / "half.pth").write_bytes(b"PK half a file")
-    return run.start("sample.py", "--checkpoint", "half.pth").wait()
-
-
-@fault("A checkpoint with a name that no disk takes")
-def checkpoint_with_a_long_name(run):
-    return run.start("sample.py", "--checkpoint", 300 * "a").wait()
+    return run.start("sample.py", *words).wait()
 
 
 def run_called_mine(run: Runner, trained: Runner) -> str:

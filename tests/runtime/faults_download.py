@@ -49,6 +49,15 @@ def server() -> Iterator[http.server.ThreadingHTTPServer]:
         server.shutdown()
 
 
+@fault("The server does not have the file", way="missing")
+@fault("The server stalls", way="stall")
+@fault("The line drops again and again", way="cut")
+@fault("There is no network", way="", DATA_URL="http://127.0.0.1:9/a.zip")
+@fault("The server asks to wait for long", way="later")
+@fault("The server sends a web page", way="html")
+@fault("The server has a file of another size", way="file", DATA_SIZE=5)
+@fault("The checksum is wrong", way="file")
+@fault("The archive is damaged", way="file", DATA_MD5="")
 def download(run: Runner, server, way: str, **settings) -> Process:
     """A run that has to download its pictures, and does not get them."""
     defaults = {"DATA_URL": f"http://127.0.0.1:{server.server_address[1]}/{way}/a.zip", "DATA_SIZE": 0, "DATA_MD5": "0" * 32}
@@ -61,55 +70,10 @@ def download(run: Runner, server, way: str, **settings) -> Process:
     return process
 
 
-@fault("The server does not have the file")
-def http_404(run, server):
-    return download(run, server, "missing")
-
-
-@fault("The server stalls")
-def http_stall(run, server):
-    return download(run, server, "stall")
-
-
-@fault("The line drops again and again")
-def http_cut(run, server):
-    return download(run, server, "cut")
-
-
-@fault("There is no network")
-def no_network(run, server):
-    return download(run, server, "", DATA_URL="http://127.0.0.1:9/a.zip")
-
-
 @fault("There is no network, for a dataset of torchvision")
 def no_network_for_torchvision(run):
     setup = "from torchvision.datasets import MNIST; MNIST.mirrors = ['http://127.0.0.1:9/']"
     return run.start_train(setup, DATASET="mnist", DATA_PATH="digits").wait()
-
-
-@fault("The server asks to wait for long")
-def http_later(run, server):
-    return download(run, server, "later")
-
-
-@fault("The server sends a web page")
-def http_page(run, server):
-    return download(run, server, "html")
-
-
-@fault("The server has a file of another size")
-def http_other_size(run, server):
-    return download(run, server, "file", DATA_SIZE=5)
-
-
-@fault("The checksum is wrong")
-def http_checksum(run, server):
-    return download(run, server, "file")
-
-
-@fault("The archive is damaged")
-def damaged_archive(run, server):
-    return download(run, server, "file", DATA_MD5="")
 
 
 def archive(**files: int) -> bytes:

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import time
-from functools import partial
 
 from tests.runs import Process, Runner, differences, ended, signal_at
 from tests.runtime.faults import fault, kept, saved_run
@@ -12,48 +11,6 @@ from tests.runtime.test_distributed import train_all
 from tests.test_resume import SLOW_VALIDATION
 
 # --- the run is stopped -------------------------------------------------------------------------------
-
-
-def stopped_at_step_5(run: Runner, name: str) -> Process:
-    process = run.start_train(signal_at(4, 0, name)).wait()
-    assert run.state()["step"] == 5
-    return process
-
-
-@fault("Ctrl-C")
-def ctrl_c(run):
-    return stopped_at_step_5(run, "SIGINT")
-
-
-@fault("Ctrl-C twice")
-def ctrl_c_twice(run):
-    before = saved_run(run)
-    process = run.start_train(signal_at(14, 0, "SIGINT", "SIGINT")).wait()
-    kept(run, before)
-    return process
-
-
-@fault("SIGTERM, as a pre-empted machine gets it")
-def sigterm(run):
-    return stopped_at_step_5(run, "SIGTERM")
-
-
-@fault("SIGTERM during a validation or preview")
-def sigterm_in_validation(run):
-    process = run.start_train(SLOW_VALIDATION).wait()
-    assert run.state()["step"] == 10
-    return process
-
-
-@fault("The terminal is closed (SIGHUP)")
-def sighup(run):
-    return stopped_at_step_5(run, "SIGHUP")
-
-
-@fault("SIGUSR1, as a cluster sends it before the time is up")
-def sigusr1(run):
-    return stopped_at_step_5(run, "SIGUSR1")
-
 
 # Output that is lost, from the start or from step 3 on.
 READER_GONE = """
@@ -73,22 +30,44 @@ src.dataset.TrainBatches.__call__ = lambda self, step, micro: (step == 3 and os.
 """
 
 
-@fault("Ctrl-C, where `tee` or `head` reads the output and is gone")
-def reader_gone(run):
-    process = run.start_train(READER_GONE + signal_at(4, 0, "SIGINT"), CACHE_PATH="cache", NUM_WORKERS=2).wait()
+@fault("Ctrl-C", setup=signal_at(4, 0, "SIGINT"))
+@fault("SIGTERM, as a pre-empted machine gets it", setup=signal_at(4, 0, "SIGTERM"))
+@fault("The terminal is closed (SIGHUP)", setup=signal_at(4, 0, "SIGHUP"))
+@fault("SIGUSR1, as a cluster sends it before the time is up", setup=signal_at(4, 0, "SIGUSR1"))
+@fault(
+    "Ctrl-C, where `tee` or `head` reads the output and is gone",
+    setup=READER_GONE + signal_at(4, 0, "SIGINT"), CACHE_PATH="cache", NUM_WORKERS=2,
+)  # fmt: skip
+def stopped_at_step_5(run, setup, **settings):
+    process = run.start_train(setup, **settings).wait()
     assert run.state()["step"] == 5
     return process
 
 
-def ended_unheard(setup: str, run: Runner) -> Process:
-    process = run.start_train(setup, CACHE_PATH="cache", NUM_WORKERS=2, max_steps=10).wait()
-    assert run.state()["step"] == 10 and len(run.files("samples/*.png")) == 1
+@fault("Ctrl-C twice", setup=signal_at(14, 0, "SIGINT", "SIGINT"))
+@fault("`kill -9`, or the power goes", setup=signal_at(14, 0, "SIGKILL"))
+def last_save_is_kept(run, setup, says=""):
+    before = saved_run(run)
+    process = run.start_train(setup).wait()
+    assert says in process.err
+    kept(run, before)
     return process
 
 
-fault("The log's disk is full")(partial(ended_unheard, DISK_FULL))
-fault("stdout and stderr are closed (`>&- 2>&-`)")(partial(ended_unheard, CLOSED))
-fault("The terminal is gone, and no signal says so")(partial(ended_unheard, TERMINAL_GONE))
+@fault("SIGTERM during a validation or preview")
+def sigterm_in_validation(run):
+    process = run.start_train(SLOW_VALIDATION).wait()
+    assert run.state()["step"] == 10
+    return process
+
+
+@fault("The log's disk is full", setup=DISK_FULL)
+@fault("stdout and stderr are closed (`>&- 2>&-`)", setup=CLOSED)
+@fault("The terminal is gone, and no signal says so", setup=TERMINAL_GONE)
+def ended_unheard(run, setup):
+    process = run.start_train(setup, CACHE_PATH="cache", NUM_WORKERS=2, max_steps=10).wait()
+    assert run.state()["step"] == 10 and len(run.files("samples/*.png")) == 1
+    return process
 
 
 SLOW_DECODING = """
@@ -98,6 +77,7 @@ src.data.folder.open_image = lambda path: time.sleep(0.1) or open_image(path)
 """
 
 
+@fault("SIGTERM while pictures are decoded", number=signal.SIGTERM)
 def stopped_while_decoding(run: Runner, number: int) -> Process:
     """By a signal to the whole group of processes, as a terminal sends Ctrl-C: those that decode get it too."""
     process = run.start_train(SLOW_DECODING, CACHE_PATH="cache", NUM_WORKERS=2)
@@ -106,19 +86,6 @@ def stopped_while_decoding(run: Runner, number: int) -> Process:
     os.killpg(process.pid, number)
     process.wait(timeout=30)
     assert not [path for path in (run.folder / "cache").rglob("*") if path.is_file()]
-    return process
-
-
-@fault("SIGTERM while pictures are decoded")
-def sigterm_while_decoding(run):
-    return stopped_while_decoding(run, signal.SIGTERM)
-
-
-@fault("`kill -9`, or the power goes")
-def sigkill(run):
-    before = saved_run(run)
-    process = run.start_train(signal_at(14, 0, "SIGKILL")).wait()
-    kept(run, before)
     return process
 
 
@@ -163,15 +130,13 @@ def draw_infinite(self, step, micro):
 
 TrainBatches.__call__ = draw_infinite
 """
+NO_NUMBER = """
+from src.diffusion import GaussianDiffusion
+GaussianDiffusion.validation_losses = lambda self, network, x_0, *_: x_0.new_full((len(x_0),), float("nan"))
+"""
 
-
-@fault("The loss or gradient is not finite")
-def not_finite(run):
-    before = saved_run(run)
-    process = run.start_train(INFINITE).wait()
-    assert "of step 14 " in process.err
-    kept(run, before)
-    return process
+fault("The loss or gradient is not finite", setup=INFINITE, says="of step 14 ")(last_save_is_kept)
+fault("The network overflows in a validation", setup=NO_NUMBER, says="after step 20 ")(last_save_is_kept)
 
 
 @fault("The gradient overflows fp16 at every scale")
@@ -206,13 +171,8 @@ resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 150_000
 """
 
 
-@fault("The GPU is out of memory")
-def gpu_memory(run):
-    before = saved_run(run)
-    process = run.start_train(GPU_IS_FULL).wait()
-    assert "BATCH_SIZE 8 and GRAD_ACCUM_STEPS 1." in process.err and "--batch_size 4 --grad_accum_steps 2;" in process.err
-    kept(run, before)
-    return process
+ADVICE = "BATCH_SIZE 8 and GRAD_ACCUM_STEPS 1. The same effective batch needs less with --batch_size 4 --grad_accum_steps 2;"
+fault("The GPU is out of memory", setup=GPU_IS_FULL, says=ADVICE)(last_save_is_kept)
 
 
 @fault("The machine is out of memory")
@@ -244,16 +204,6 @@ def overflow_in_preview(run):
     process = run.start_train(OVERFLOW + fine).wait()
     kept(run, before)
     assert list(run.files("*.png")) == ["outputs/samples/epoch_001.png"]  # of the run before
-    return process
-
-
-@fault("The network overflows in a validation")
-def validation_overflows(run):
-    before = saved_run(run)
-    nan = "GaussianDiffusion.validation_losses = lambda self, network, x_0, *_: x_0.new_full((len(x_0),), float('nan'))"
-    process = run.start_train(f"from src.diffusion import GaussianDiffusion; {nan}").wait()
-    assert "after step 20 " in process.err
-    kept(run, before)
     return process
 
 

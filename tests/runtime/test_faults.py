@@ -34,7 +34,9 @@ def test_the_loop_for_pre_empted_machines_starts_again_after_a_kill_alone(tmp_pa
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.fault)
 def test_fault(row, request):
     bring_about = FAULTS[row.fault]
-    process = bring_about(**{name: request.getfixturevalue(name) for name in inspect.signature(bring_about).parameters})
+    parameters = inspect.signature(bring_about).parameters.values()
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    process = bring_about(**{name: request.getfixturevalue(name) for name in needed})
     lines = (process.out + process.err).splitlines()
     assert "Traceback" not in process.err, process.err
     assert (128 - process.code if process.code < 0 else process.code) == row.code, lines

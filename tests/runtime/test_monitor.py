@@ -78,12 +78,7 @@ def test_means_leave_out_what_is_not_finite():
     meter.add(torch.tensor([1.0, torch.inf, 3.0, torch.nan]), torch.tensor([0, 1, 2, 3]))
     meter.add_norm(torch.tensor(torch.inf), 1)
     meter.add_norm(torch.tensor(5.0), 2)
-    assert meter.read() == {
-        "loss/train": 2.0,
-        "loss_by_t/t 0-0": 1.0,
-        "loss_by_t/t 2-2": 3.0,
-        "optimizer/gradient_norm": 5.0,
-    }
+    assert meter.read() == {"loss/train": 2.0, "loss_by_t/t 0-0": 1.0, "loss_by_t/t 2-2": 3.0, "optimizer/gradient_norm": 5.0}
     meter.add_norm(torch.tensor(torch.nan), 3)
     assert meter.read() == {}
 
