@@ -1,0 +1,50 @@
+"""The plots of docs/, drawn from the JSON lines of benchmarks/results.
+
+    python -m benchmarks.plots
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parents[1] / "docs"
+NETWORKS = {  # checkpoint of benchmarks/results/spacing.jsonl -> its name in the plot
+    "docs/shapes.pth": "shapes, cosine, v",
+    "checkpoints/demo-linear/best.pth": "shapes, linear, v",
+    "checkpoints/large-cosine/best.pth": "Tiny ImageNet, cosine, eps",
+    "checkpoints/large-linear/best.pth": "Tiny ImageNet, linear, eps",
+}
+
+
+def rows_of(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(__file__).parent / "results" / f"{name}.jsonl").read_text().splitlines()]
+
+
+def spacing(plt: Any) -> None:
+    """Error of a drawing against its number of steps, by which steps they are."""
+    figure, axes = plt.subplots(1, len(NETWORKS), figsize=(11, 2.8), sharey=True, layout="constrained")
+    for axis, (checkpoint, title) in zip(axes, NETWORKS.items()):
+        for sampler, colour in {"dpm++": "tab:blue", "ddim": "tab:orange"}.items():
+            rows = [row for row in rows_of("spacing") if row.get("checkpoint") == checkpoint and row["sampler"] == sampler]
+            for which, style in {"logsnr": "-o", "even": "--o"}.items():
+                label = f"{sampler}, even in {'the log-SNR' if which == 'logsnr' else 't'}"
+                axis.loglog([row["steps"] for row in rows], [row[which] for row in rows], style, c=colour, ms=3, label=label)
+        axis.set(title=title, xlabel="steps", xticks=[5, 10, 20, 50], xticklabels=[5, 10, 20, 50])
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("distance to the exact end")
+    axes[0].legend(fontsize=7)
+    figure.savefig(DOCS / "spacing.svg", metadata={"Date": None})
+
+
+def main() -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams |= {"font.size": 8, "svg.hashsalt": "ddpm", "svg.fonttype": "none"}
+    from matplotlib import pyplot as plt
+
+    spacing(plt)
+
+
+if __name__ == "__main__":
+    main()
