@@ -1,6 +1,6 @@
 """The plots of docs/, drawn from the JSON lines of benchmarks/results.
 
-    python -m benchmarks.plots
+python -m benchmarks.plots
 """
 
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).parents[1] / "docs"
-NETWORKS = {  # checkpoint of benchmarks/results/spacing.jsonl -> its name in the plot
+NETWORKS = {  # what the commands in results/spacing.jsonl measured -> its name in the plot
     "docs/shapes.pth": "shapes, cosine, v",
     "checkpoints/demo-linear/best.pth": "shapes, linear, v",
     "checkpoints/large-cosine/best.pth": "Tiny ImageNet, cosine, eps",
@@ -25,14 +25,15 @@ def spacing(plt: Any) -> None:
     figure, axes = plt.subplots(1, len(NETWORKS), figsize=(11, 2.8), sharey=True, layout="constrained")
     for axis, (checkpoint, title) in zip(axes, NETWORKS.items()):
         for sampler, colour in {"dpm++": "tab:blue", "ddim": "tab:orange"}.items():
-            rows = [row for row in rows_of("spacing") if row.get("checkpoint") == checkpoint and row["sampler"] == sampler]
+            rows = [row for row in rows_of("spacing") if f" {checkpoint} " in row["command"] and row["sampler"] == sampler]
             for which, style in {"logsnr": "-o", "even": "--o"}.items():
                 label = f"{sampler}, even in {'the log-SNR' if which == 'logsnr' else 't'}"
                 axis.loglog([row["steps"] for row in rows], [row[which] for row in rows], style, c=colour, ms=3, label=label)
         axis.set(title=title, xlabel="steps", xticks=[5, 10, 20, 50], xticklabels=[5, 10, 20, 50])
+        axis.xaxis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("distance to the exact end")
-    axes[0].legend(fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, handlelength=4)
     figure.savefig(DOCS / "spacing.svg", metadata={"Date": None})
 
 
