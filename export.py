@@ -28,8 +28,9 @@ from src.runtime.folders import FolderLock
 from src.runtime.resume import FREE
 from src.runtime.runs import add_checkpoint_flags, choose_checkpoint
 from src.runtime.settings import Settings, as_text
+from src.runtime.sheets import zoom_of
 from src.runtime.signals import run_script
-from src.utils import UserError, atomic_file, count, writing, zoom_of
+from src.utils import UserError, atomic_file, count, writing
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Files = dict[str, bytes]  # content by path inside the output folder

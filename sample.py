@@ -32,8 +32,9 @@ from src.runtime.folders import BESIDE, next_folder, picture_folder, pictures_of
 from src.runtime.pipeline import Pipeline, add_drawing_flags, check_drawing_flags
 from src.runtime.runs import add_checkpoint_flags, choose_checkpoint, tell
 from src.runtime.settings import KINDS
+from src.runtime.sheets import class_columns, save_gif, sheet
 from src.runtime.signals import StopRequest, run_script
-from src.utils import FlagError, atomic_file, class_columns, count, flush_folder, load_png, save_gif, save_png, sheet, writing
+from src.utils import FlagError, atomic_file, count, flush_folder, load_png, save_png, writing
 
 SHEET_PICTURES = 256  # the most that grid.png shows
 HALVES = ("x_t: noise becomes a picture", "x_0: the picture the network expects")  # of denoising.gif

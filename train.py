@@ -19,8 +19,7 @@ import torch
 from torch import nn
 
 from src import noise
-from src.classes import same_classes
-from src.dataset import DATASETS, DeviceImages, Images
+from src.dataset import DATASETS, DeviceImages, Images, same_classes
 from src.ema import EMA
 from src.runtime.build import (
     build_batches,

@@ -33,7 +33,8 @@ from src.data.shapes import KINDS, distance
 from src.dataset import Images
 from src.runtime.build import open_images
 from src.runtime.pipeline import Pipeline
-from src.utils import atomic_file, save_png, sheet
+from src.runtime.sheets import sheet
+from src.utils import atomic_file, save_png
 
 STEPS, BATCH = 2000, 50  # of the classifier
 VIEW = 10_000  # pictures of a set, at most, that the figures look at

@@ -2,22 +2,19 @@
 
 import contextlib
 import errno
-import math
 import os
 import secrets
 import shutil
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import count as count_from
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
-
-from src.fonts import font_of, opened
 
 
 class UserError(Exception):
@@ -183,46 +180,6 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
 
-def class_columns(classes: int) -> int:
-    """Columns of a sheet whose pictures take the classes in turn: about 10, and each column holds one class if it can."""
-    return 10 // classes * classes or 10
-
-
-def caption(name: str, label: int) -> str:
-    """The name of a class as a sheet can show it: on one line, in letters that a font of this system has; else its index."""
-    name = unicodedata.normalize("NFC", printable(name))[:100]
-    return name if name.strip() and font_of(name) else f"index:{label}"
-
-
-def zoom_of(wide: int) -> int:
-    """How often to enlarge an image for people: it gets about 96 pixels wide, enough for a name below."""
-    return max(1, round(96 / wide))
-
-
-def sheet(images: Tensor, names: Sequence[str] = (), columns: int | None = None, zoom: int | None = None) -> Tensor:
-    """All images in one, enlarged, each with its name below where there are names.
-
-    images: [B, C, H, W] uint8.   columns: None makes it nearly square, in full rows if possible.   zoom: every pixel becomes
-    zoom x zoom of them; None: zoom_of. Returns [3, H, W] uint8.
-    """
-    root, wide = math.ceil(math.sqrt(len(images))), images.shape[3]
-    full_rows = (width for width in range(root, 3 * root // 2) if len(images) % width == 0)
-    columns, zoom = min(columns or next(full_rows, root), len(images)), zoom or zoom_of(wide)
-    wide, high = wide * zoom, images.shape[2] * zoom
-    width, height = wide + 4, high + 4 + (14 if names else 0)
-    paper = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), (32, 32, 32))
-    pen = ImageDraw.Draw(paper)
-    for i, image in enumerate(images):
-        name = names[i] if names else ""
-        left, top = i % columns * width + 2, i // columns * height + 2
-        paper.paste(to_pil(image).resize((wide, high), Image.Resampling.NEAREST), (left, top))
-        font = font_of(name) or opened("")
-        while len(name) > 1 and pen.textlength(name, font) > wide:
-            name = name.removesuffix("…")[:-1] + "…"
-        pen.text((left, top + high + 11), name, fill="white", font=font, anchor="ls")  # on one line in all fonts
-    return torch.frombuffer(bytearray(paper.tobytes()), dtype=torch.uint8).view(paper.height, paper.width, 3).permute(2, 0, 1)
-
-
 def to_pil(image: Tensor) -> Image.Image:
     """[3, H, W] or [1, H, W] uint8 to a PIL image."""
     return Image.fromarray(image.permute(1, 2, 0).squeeze(2).contiguous().numpy())
@@ -238,12 +195,3 @@ def load_png(path: Path) -> Tensor:
     """[C, H, W] uint8."""
     with reading(path), Image.open(path) as image:
         return torch.from_numpy(np.atleast_3d(np.array(image))).permute(2, 0, 1)
-
-
-def save_gif(frames: Sequence[Tensor], path: Path, seconds: float = 4.0) -> None:
-    """Write [3, H, W] uint8 frames as an endless GIF of about `seconds`, which rests on the last one."""
-    pause = max(20, round(1000 * seconds / len(frames)))  # ms; browsers slow down anything under 20
-    first, *others = [to_pil(frame) for frame in frames]
-    with atomic_file(path) as file:
-        durations = [pause] * len(others) + [1500]
-        first.save(file, format="GIF", save_all=True, append_images=others, duration=durations, loop=0)

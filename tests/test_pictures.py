@@ -10,8 +10,9 @@ from PIL import Image
 from src.diffusion import GaussianDiffusion
 from src.model import UNet
 from src.noise import PictureNoise, slerp
+from src.runtime.sheets import save_gif, sheet
 from src.samplers import SAMPLERS
-from src.utils import save_gif, save_png, sheet, to_uint8
+from src.utils import save_png, to_uint8
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,8 @@ from src import noise
 from src.evaluation.picture_set import PictureSet
 from src.evaluation.report import Evaluation, optional, say
 from src.progress import Bar
-from src.utils import count, save_png, sheet
+from src.runtime.sheets import sheet
+from src.utils import count, save_png
 
 CHUNK = 2048  # rows of the pool compared at a time: 100 MB as float32 at 64x64
 SHEET_ROWS, SHEET_NEIGHBOURS = 32, 5

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from src.classes import same_classes
-from src.dataset import Images
+from src.dataset import Images, same_classes
 from src.evaluation.picture_set import PictureSet, read_set
 from src.progress import Bar, duration
 from src.runtime.build import open_images

@@ -14,8 +14,9 @@ from src.runtime.checkpoint import Checkpoints, most_passes
 from src.runtime.distributed import World
 from src.runtime.monitor import Monitor
 from src.runtime.settings import Settings
+from src.runtime.sheets import caption, class_columns, sheet
 from src.runtime.signals import StopRequest
-from src.utils import caption, class_columns, save_png, sheet, to_uint8, writing
+from src.utils import save_png, to_uint8, writing
 
 
 @dataclass

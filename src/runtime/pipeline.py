@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from src.classes import parse_classes
+from src.dataset import parse_classes
 from src.diffusion import Model
 from src.noise import PictureNoise
 from src.progress import Bar
@@ -20,8 +20,9 @@ from src.runtime.device import InPrecision, compiled, pick_device, pick_precisio
 from src.runtime.distributed import World
 from src.runtime.flags import Kind, choice, number, print_idle, whole
 from src.runtime.settings import KINDS
+from src.runtime.sheets import caption
 from src.samplers import SAMPLERS, SPACINGS, Noise
-from src.utils import FlagError, caption, to_uint8
+from src.utils import FlagError, to_uint8
 
 DEFAULT_STEPS = {"ddim": 50, "dpm++": 20}  # ddpm takes all that the model was trained with
 GIF_FRAMES, GIF_IMAGES = 50, 16  # the most that denoising.gif shows

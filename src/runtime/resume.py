@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from src.classes import same_classes
-from src.dataset import Images
+from src.dataset import Images, same_classes
 from src.runtime.checkpoint import CheckpointError, fingerprints
 from src.runtime.settings import Settings, as_flags, as_text, differences
 

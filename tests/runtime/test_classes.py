@@ -5,9 +5,9 @@ import csv
 import pytest
 import torch
 
-from src.classes import parse_classes
-from src.fonts import font_of
-from src.utils import FlagError, caption, class_columns, sheet
+from src.data.classes import parse_classes
+from src.runtime.sheets import caption, class_columns, font_of, sheet
+from src.utils import FlagError
 from tests.runtime.test_choice import save
 
 CLASSES = ["goldfish", "Egyptian cat", "tailed frog", "bullfrog", "school bus"]
