@@ -11,6 +11,7 @@ import src.diffusion
 from src.diffusion import PREDICTIONS, SCHEDULES, GaussianDiffusion, at, cosine_betas, linear_betas
 
 LENGTHS = (10, 50, 100, 250, 1000, 4000)
+THEIR_SCHEDULE = {"linear": "linear", "cosine": "squaredcos_cap_v2"}  # the names of diffusers
 
 
 def draw_batch(diffusion, size=6, seed=0):
@@ -65,7 +66,7 @@ def test_every_schedule_ends_in_nearly_pure_noise(schedule, time_steps):
     assert (diffusion.alphas_cumprod.diff() < 0).all() and 0 < diffusion.alphas_cumprod[-1] < 1e-4
 
 
-@pytest.mark.parametrize("schedule, theirs", [("linear", "linear"), ("cosine", "squaredcos_cap_v2")])
+@pytest.mark.parametrize("schedule, theirs", THEIR_SCHEDULE.items())
 def test_schedules_are_those_of_diffusers(schedule, theirs):
     oracle = diffusers.DDPMScheduler(1000, beta_schedule=theirs)
     diffusion = GaussianDiffusion(1000, schedule)
@@ -93,7 +94,7 @@ def test_q_sample_has_the_moments_of_one_noising_step_after_another(schedule):
     torch.testing.assert_close(diffusion.q_sample(zeros, t, ones).flatten().square(), torch.tensor(variances))
 
 
-@pytest.mark.parametrize("schedule, theirs", [("linear", "linear"), ("cosine", "squaredcos_cap_v2")])
+@pytest.mark.parametrize("schedule, theirs", THEIR_SCHEDULE.items())
 def test_q_sample_is_that_of_diffusers(schedule, theirs):
     diffusion = GaussianDiffusion(1000, schedule)
     x_0, t, noise = draw_batch(diffusion)

@@ -6,10 +6,10 @@ from itertools import pairwise
 import diffusers
 import pytest
 import torch
-from torch import nn
 
 from src.diffusion import SCHEDULES, GaussianDiffusion, at, posterior
-from src.samplers import SAMPLERS, SPACINGS, Step, ddim, ddpm, dpm_solver_pp
+from src.samplers import SAMPLERS, SPACINGS, ddim, dpm_solver_pp
+from tests.test_diffusion import THEIR_SCHEDULE
 
 DETERMINISTIC = ("ddim", "dpm++")
 
@@ -106,6 +106,7 @@ SHAPE = (2, 3, 4, 4)
 @pytest.mark.parametrize("time_steps", [2, 10, 97])
 def test_a_path_of_any_length_runs_down_from_the_last_step_to_the_clean_image(time_steps, schedule, spacing):
     diffusion = GaussianDiffusion(time_steps, schedule)
+    assert diffusion.path(None, spacing) == diffusion.path(time_steps, spacing)
     for steps in range(1, time_steps + 1):
         path = diffusion.path(steps, spacing)
         times = [step.t for step in path]
@@ -114,12 +115,6 @@ def test_a_path_of_any_length_runs_down_from_the_last_step_to_the_clean_image(ti
         assert [step.abar_t for step in path] == diffusion.alphas_cumprod[times].tolist()
         assert [step.abar_s for step in path] == [*diffusion.alphas_cumprod[times[1:]].tolist(), 1.0]
         assert [step.is_last for step in path] == [False] * (steps - 1) + [True]
-
-
-def test_as_many_steps_as_there_are_is_every_step():
-    diffusion = GaussianDiffusion(97)
-    assert [step.t for step in diffusion.path(97)] == list(range(96, -1, -1))
-    assert diffusion.path() == diffusion.path(97)
 
 
 def test_steps_are_evenly_spaced_to_within_rounding():
@@ -155,17 +150,6 @@ def test_steps_that_are_even_in_the_log_snr_come_closer_to_the_exact_solution(sc
         return (end - exact).square().mean().sqrt().item()
 
     assert error("logsnr") < error("even") / 2
-
-
-@pytest.mark.parametrize("steps", [0, -1, 101])
-def test_a_path_cannot_have_no_steps_or_more_than_there_are(steps):
-    with pytest.raises(ValueError, match=f"steps is {steps}, expected a number from 1 to 100"):
-        GaussianDiffusion(100).path(steps)
-
-
-def test_a_spacing_that_is_not_known_is_refused():
-    with pytest.raises(ValueError, match="spacing is 'karras', expected one of logsnr, even"):
-        GaussianDiffusion(100).path(5, "karras")
 
 
 def test_the_respaced_posterior_is_the_product_of_two_gaussians():
@@ -220,9 +204,8 @@ def test_a_mixture_comes_out_with_its_weights_and_means_and_ever_closer(sampler)
     distances = []
     target = torch.cat([-0.6 + 0.1 * quantiles(9_000), 0.5 + 0.1 * quantiles(21_000)]).sort().values
     for steps in (5, 20, 100):
-        x = diffusion.sample(
-            network(diffusion, data), (100, 3, 10, 10), sampler=sampler, steps=steps, clip_denoised=False, generator=generator()
-        )
+        options = dict(sampler=sampler, steps=steps, clip_denoised=False, generator=generator())
+        x = diffusion.sample(network(diffusion, data), (100, 3, 10, 10), **options)
         distances.append((x.flatten().sort().values - target).abs().mean().item())  # earth mover's
     assert distances[2] < distances[1] < distances[0] and distances[2] < 0.02, distances
     low = x < -0.05
@@ -273,26 +256,14 @@ def test_one_step_of_dpm_solver_is_one_step_of_ddim():
     torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_single_step_is_the_predicted_clean_image(sampler):
-    diffusion = GaussianDiffusion(1000)
-    ((x, x_0),) = trajectory(diffusion, wavy, SHAPE, sampler, steps=1, generator=generator())
-    assert torch.equal(x, x_0)
-
-
 # --- the same steps as diffusers --------------------------------------------------------------------------
 
-THEIR_SCHEDULE = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 THEIR_PREDICTION = {"eps": "epsilon", "v": "v_prediction"}
 
 
 def settings(prediction, schedule):
-    return dict(
-        num_train_timesteps=1000,
-        beta_schedule=THEIR_SCHEDULE[schedule],
-        prediction_type=THEIR_PREDICTION[prediction],
-        timestep_spacing="trailing",
-    )
+    names = dict(beta_schedule=THEIR_SCHEDULE[schedule], prediction_type=THEIR_PREDICTION[prediction])
+    return dict(num_train_timesteps=1000, timestep_spacing="trailing", **names)
 
 
 def assert_same_steps(scheduler, diffusion, sampler, steps, their_step=None, **options):
@@ -327,14 +298,9 @@ class TestStepByStepAgainstDiffusers:
 
     @pytest.mark.parametrize("steps", [2, 10, 20, 33])
     def test_dpm_solver_pp(self, prediction, schedule, steps):
-        scheduler = diffusers.DPMSolverMultistepScheduler(
-            **settings(prediction, schedule),
-            algorithm_type="dpmsolver++",
-            solver_order=2,
-            solver_type="midpoint",
-            final_sigmas_type="zero",
-            lower_order_final=True,
-        )
+        method = dict(algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint", lower_order_final=True)
+        theirs = diffusers.DPMSolverMultistepScheduler
+        scheduler = theirs(**settings(prediction, schedule), **method, final_sigmas_type="zero")
         diffusion = GaussianDiffusion(1000, schedule, prediction)
         assert_same_steps(scheduler, diffusion, "dpm++", steps, clip_denoised=False)
 
@@ -346,244 +312,3 @@ class TestStepByStepAgainstDiffusers:
         monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *args, **options: noise(next(ks)))
         diffusion = GaussianDiffusion(1000, schedule, prediction)
         assert_same_steps(scheduler, diffusion, sampler, steps, clip_denoised=clip)
-
-
-# --- clipping ---------------------------------------------------------------------------------------------
-
-
-def test_the_predicted_image_is_clipped_before_the_mean_is_formed():
-    """A network that sees x_0 = 10 everywhere leads where one that sees 1 leads; clipping the image itself would not."""
-    diffusion = GaussianDiffusion(1000, prediction="x0")
-
-    def states(value, clip):
-        options = dict(steps=20, noise=noises(SHAPE, 21), clip_denoised=clip)
-        return [x for x, _ in trajectory(diffusion, lambda x, t, y: torch.full_like(x, value), SHAPE, **options)]
-
-    far, near = states(10.0, clip=True), states(1.0, clip=False)
-    for x_far, x_near in zip(far, near, strict=True):
-        assert torch.equal(x_far, x_near)
-    assert far[0].abs().max() > 1  # x_t itself is noisy, and never clipped
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_pictures_stay_in_range_unless_told_otherwise(sampler, schedule):
-    diffusion = GaussianDiffusion(1000, schedule)
-    shout = lambda x, t, y: -3 * x.sign()  # noqa: E731  # noise that there is not
-    options = dict(sampler=sampler, steps=15, noise=noises(SHAPE, 16))
-    assert diffusion.sample(shout, SHAPE, **options).abs().max() <= 1
-    assert diffusion.sample(shout, SHAPE, **options, clip_denoised=False).abs().max() > 1
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_clipped_prediction_still_agrees_with_x_t_about_the_noise(sampler):
-    """Where x_0 is certain the image moves to it in a straight line of signal and noise: nothing else is left in x_s."""
-    abar_t, abar_s = 0.3, 0.6
-    x_t, x_0 = torch.tensor([0.9]), torch.tensor([1.0])
-    eps = (x_t - abar_t**0.5 * x_0) / (1 - abar_t) ** 0.5
-    path = [Step(0, abar_t, abar_s, *posterior(abar_t, abar_s))]
-    x_s, _ = next(SAMPLERS[sampler](x_t, path, lambda x, t: x_0, lambda k: torch.zeros(1), 0.0))
-    if sampler in DETERMINISTIC:
-        torch.testing.assert_close(x_s, abar_s**0.5 * x_0 + (1 - abar_s) ** 0.5 * eps)
-    else:  # as much of the noise as the posterior keeps
-        alpha = abar_t / abar_s
-        torch.testing.assert_close(x_s, abar_s**0.5 * x_0 + alpha**0.5 * (1 - abar_s) / (1 - abar_t) ** 0.5 * eps)
-
-
-# --- guidance ---------------------------------------------------------------------------------------------
-
-
-class Labelled:
-    """A network that answers with a number of its label, and remembers what it was asked."""
-
-    def __init__(self):
-        self.asked = []
-
-    def __call__(self, x, t, y):
-        self.asked.append(y)
-        return 0.1 * x + (0.2 if y is None else 0.01 * y[:, None, None, None].float())
-
-
-@pytest.mark.parametrize("guidance, calls", [(1.0, ["y"]), (0.0, [None]), (2.0, [None, "y"]), (0.5, [None, "y"])])
-def test_guidance_asks_the_network_no_more_than_it_must(guidance, calls):
-    model, y = Labelled(), torch.tensor([3, 4])
-    GaussianDiffusion(100).sample(model, SHAPE, sampler="ddim", steps=5, y=y, guidance=guidance, generator=generator())
-    assert [None if asked is None else "y" for asked in model.asked] == calls * 5
-    assert all(asked is None or torch.equal(asked, y) for asked in model.asked)
-
-
-@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
-@pytest.mark.parametrize("guidance", [0.0, 0.5, 1.0, 2.0, 4.0])
-def test_guidance_goes_from_the_unlabelled_prediction_towards_and_past_the_labelled(guidance, prediction):
-    """eps = (1 + w) eps(y) - w eps(none) with w = guidance - 1 (Ho & Salimans 2022, Eq. 6), in terms of x_0."""
-    diffusion, y = GaussianDiffusion(100, prediction=prediction), torch.tensor([3, 4])
-    x_T, t = torch.randn(SHAPE, generator=generator()), torch.full((2,), 99)
-    with_label, without = (diffusion.to_eps(Labelled()(x_T, t, label), x_T, t) for label in (y, None))
-    eps = guidance * with_label + (1 - guidance) * without
-    expected = (x_T - at(diffusion.sigma, t) * eps) / at(diffusion.signal, t)
-    _, x_0 = next(trajectory(diffusion, Labelled(), SHAPE, steps=5, noise=x_T, y=y, guidance=guidance, clip_denoised=False))
-    torch.testing.assert_close(x_0, expected, rtol=1e-3, atol=1e-3)
-
-
-def test_without_labels_guidance_changes_nothing():
-    model = Labelled()
-    GaussianDiffusion(100).sample(model, SHAPE, steps=5, guidance=3.0, generator=generator())
-    assert model.asked == [None] * 5
-
-
-def test_the_network_is_told_the_step_in_one_int64_per_image():
-    told = []
-    model = lambda x, t, y: told.append(t) or torch.zeros_like(x)  # noqa: E731
-    GaussianDiffusion(100).sample(model, SHAPE, steps=4, spacing="even")
-    assert [t.tolist() for t in told] == [[99, 99], [74, 74], [49, 49], [24, 24]] and told[0].dtype == torch.int64
-
-
-# --- noise ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_the_same_generator_seed_gives_the_same_pictures(sampler):
-    diffusion = GaussianDiffusion(100)
-    a, b, c = (
-        diffusion.sample(wavy, SHAPE, sampler=sampler, steps=7, eta=0.5, generator=generator(seed)) for seed in (1, 1, 2)
-    )
-    assert torch.equal(a, b) and not torch.equal(a, c)
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_noise_may_come_as_a_function_a_tensor_or_a_generator(sampler):
-    """A generator gives x_T and then one draw a step; the function and the tensor stand in for the same draws."""
-    diffusion, options = GaussianDiffusion(100), dict(sampler=sampler, steps=7, eta=0.5)
-    drawn = generator()
-    table = [torch.randn(SHAPE, generator=drawn) for _ in range(8)]
-    after_x_T = generator()
-    torch.randn(SHAPE, generator=after_x_T)
-    a = diffusion.sample(wavy, SHAPE, generator=generator(), **options)
-    b = diffusion.sample(wavy, SHAPE, noise=lambda k: table[k], **options)
-    c = diffusion.sample(wavy, SHAPE, noise=table[0], generator=after_x_T, **options)
-    assert torch.equal(a, b) and torch.equal(a, c)
-
-
-@pytest.mark.parametrize("sampler, asked", [("ddpm", [0, 1, 2, 3]), ("ddpm-beta", [0, 1, 2, 3]), ("ddim", [0]), ("dpm++", [0])])
-def test_noise_is_asked_for_once_a_step_by_its_number_and_not_for_the_last_step(sampler, asked):
-    ks = []
-    GaussianDiffusion(100).sample(wavy, SHAPE, sampler=sampler, steps=4, noise=lambda k: ks.append(k) or torch.zeros(SHAPE))
-    assert ks == asked
-
-
-def test_the_noise_that_was_given_is_not_overwritten():
-    x_T = torch.randn(SHAPE, generator=generator())
-    before = x_T.clone()
-    for sampler in SAMPLERS:
-        GaussianDiffusion(100).sample(wavy, SHAPE, sampler=sampler, steps=3, noise=x_T)
-    assert torch.equal(x_T, before)
-
-
-# --- the network is left as it was found ------------------------------------------------------------------
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 3, 1)
-        self.inner = nn.Sequential(nn.Dropout(0.5), nn.Sequential(nn.Dropout(0.5)))
-        self.modes, self.grads, self.fails = [], [], False
-
-    def forward(self, x, t, y=None):
-        if self.fails:
-            raise RuntimeError("out of memory")
-        self.modes.append(any(module.training for module in self.modules()))
-        self.grads.append(torch.is_grad_enabled())
-        return self.inner(self.conv(x))
-
-
-@pytest.mark.parametrize("fails", [False, True])
-@pytest.mark.parametrize("mode", ["train", "eval", "mixed"])
-def test_sampling_leaves_the_network_in_the_mode_it_found(mode, fails):
-    model = Net().train(mode != "eval")
-    if mode == "mixed":
-        model.inner[1].eval()  # a part that someone froze
-    before = [module.training for module in model.modules()]
-    model.fails = fails
-    try:
-        GaussianDiffusion(100).sample(model, SHAPE, steps=3)
-    except RuntimeError:
-        assert fails
-    assert [module.training for module in model.modules()] == before
-    assert not any(model.modes), "dropout must be off inside"
-
-
-def test_no_gradient_is_recorded():
-    model = Net()
-    x = GaussianDiffusion(100).sample(model, SHAPE, steps=3)
-    assert not any(model.grads) and not x.requires_grad
-    assert torch.is_grad_enabled()
-
-
-# --- what comes back --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("steps", [1, 2, 7, None])
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_the_trajectory_has_a_state_for_each_step_and_ends_in_the_sample(sampler, steps):
-    diffusion, noise = GaussianDiffusion(20), noises(SHAPE, 21)
-    states = list(trajectory(diffusion, wavy, SHAPE, sampler, steps, noise=noise))
-    assert len(states) == (steps or 20)
-    assert all(x.shape == x_0.shape == SHAPE and x_0.abs().max() <= 1 for x, x_0 in states)
-    x = diffusion.sample(wavy, SHAPE, sampler=sampler, steps=steps, noise=noise)
-    assert torch.equal(states[-1][0], x) and x.dtype == torch.float32
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_pictures_are_float32_also_where_the_network_answers_in_bf16(sampler):
-    x = GaussianDiffusion(100).sample(lambda x, t, y: wavy(x, t).bfloat16(), SHAPE, sampler=sampler, steps=3)
-    assert x.dtype == torch.float32
-
-
-@pytest.mark.parametrize(
-    "options, sentence",
-    [
-        (dict(sampler="euler"), "sampler is 'euler', expected one of ddpm, "),
-        (dict(steps=0), "steps is 0, expected a number from 1 to 100"),
-        (dict(steps=101), "steps is 101, expected a number from 1 to 100, the model's TIME_STEPS"),
-        (dict(eta=1.5), "eta is 1.5, expected a number from 0 to 1"),
-        (dict(eta=-0.1), "eta is -0.1, expected a number from 0 to 1"),
-    ],
-)
-def test_what_cannot_be_is_refused_with_what_can(options, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        GaussianDiffusion(100).sample(wavy, SHAPE, **options)
-
-
-@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
-@pytest.mark.parametrize("clip_denoised", [True, False])
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_prediction_that_is_not_finite_is_an_error_that_names_the_step(sampler, clip_denoised, value):
-    """Clipping would make white of infinity, and rounding black of what is no number."""
-
-    def overflows_below_half(x, t, y):
-        eps = wavy(x, t)
-        eps[0, 0, 0, 0] = torch.where(t[0] < 50, value, eps[0, 0, 0, 0])
-        return eps
-
-    options = dict(sampler=sampler, steps=4, spacing="even", clip_denoised=clip_denoised)
-    with pytest.raises(FloatingPointError, match=r"not finite in step 3 of 4 \(t = 49\)"):
-        GaussianDiffusion(100).sample(overflows_below_half, SHAPE, **options)
-
-
-def test_a_progress_bar_is_shown_where_asked_for(capsys):
-    GaussianDiffusion(100).sample(wavy, SHAPE, sampler="ddim", steps=3)
-    assert capsys.readouterr().err == ""
-    GaussianDiffusion(100).sample(wavy, SHAPE, sampler="ddim", steps=3, progress=True)
-    assert "ddim: 100%" in capsys.readouterr().err
-
-
-def test_ddpm_adds_noise_of_the_posterior_variance():
-    """One step from one point, many noises: mean and variance are those of q(x_s | x_t, x_0)."""
-    step = GaussianDiffusion(100).path(5)[1]
-    x_t, x_0 = torch.full((50_000,), 0.4), torch.full((50_000,), -0.2)
-    z = torch.randn(50_000, generator=generator())
-    x_s, _ = next(ddpm(x_t, [step], lambda x, t: x_0, lambda k: z))
-    w_0, w_t, variance = posterior(step.abar_t, step.abar_s)
-    assert abs(x_s.mean() - (w_0 * -0.2 + w_t * 0.4)) < 4 * (variance / 50_000) ** 0.5
-    assert x_s.var().item() == pytest.approx(variance, rel=0.03)
