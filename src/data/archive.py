@@ -127,14 +127,7 @@ def tar_members(file: IO[bytes]) -> Iterator[Member]:
         pass
 
 
-def extract(
-    path: str | os.PathLike,
-    folder: str | os.PathLike,
-    holds: str,
-    *,
-    max_bytes: int = MAX_BYTES,
-    max_entries: int = MAX_ENTRIES,
-) -> None:
+def extract(path: str | os.PathLike, folder: str | os.PathLike, holds: str) -> None:
     """Unpack the folder of the archive that holds the file `holds`, at whatever depth, as `folder`: whole, or not at all.
 
     The files collect beside it in a folder of this process, which takes the name in one rename and is removed on any failure,
@@ -153,7 +146,7 @@ def extract(
         undo.callback(shutil.rmtree, part, ignore_errors=True)
         try:
             found = zip_members(file) if kind == ".zip" else tar_members(file)
-            top, members = safe_members(found, path, holds, max_bytes, max_entries)
+            top, members = safe_members(found, path, holds)
             needed = sum(member.size for member in members)
             if needed > shutil.disk_usage(part).free:
                 raise OSError(errno.ENOSPC, f"unpacking {path.name} needs {needed / 1e6:,.0f} MB")
@@ -184,24 +177,21 @@ def write(member: Member, target: Path) -> None:
             shutil.copyfileobj(source, file)
 
 
-def safe_members(
-    found: Iterator[Member], path: Path, holds: str, max_bytes: int, max_entries: int
-) -> tuple[PurePosixPath, list[Member]]:
+def safe_members(found: Iterator[Member], path: Path, holds: str) -> tuple[PurePosixPath, list[Member]]:
     """The folder that holds the file, and what lies in it. All members are checked before anything is written."""
 
     def refuse(why: str) -> UserError:
-        return UserError(
-            f"{path} is refused: {why}. It is not the archive expected; move it away and get it from a place you trust."
-        )
+        advice = "It is not the archive expected; move it away and get it from a place you trust."
+        return UserError(f"{path} is refused: {why}. {advice}")
 
     members: list[Member] = []
     total = 0
     for member in found:
         members.append(member)
         total, name = total + member.size, member.name
-        if total > max_bytes or len(members) > max_entries:
-            files = count(len(members), "file")
-            raise refuse(f"it would unpack to {total:,} bytes in {files} or more; allowed are {max_bytes:,} in {max_entries:,}")
+        if total > MAX_BYTES or len(members) > MAX_ENTRIES:
+            found_here = f"{total:,} bytes in {count(len(members), 'file')} or more"
+            raise refuse(f"it would unpack to {found_here}; allowed are {MAX_BYTES:,} in {MAX_ENTRIES:,}")
         # a colon is a drive letter or a hidden stream on Windows, a backslash a separator there
         if not name or name.startswith("/") or ".." in PurePosixPath(name).parts or set(name) & set(":\\\0"):
             raise refuse(f"its entry {name!r} points outside the folder")

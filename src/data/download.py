@@ -8,7 +8,6 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import requests
 from urllib3.exceptions import InvalidHeader
@@ -23,6 +22,9 @@ except ImportError:  # Windows: there two processes must not download one file a
     fcntl = None  # type: ignore[assignment]
 
 NETWORK_BLOCK = 1 << 14  # bytes; a cut loses at most these, since requests drops a block that is not whole
+TIMEOUT = (10.0, 30.0)  # seconds to connect, and seconds without a byte until the line counts as dropped
+ATTEMPTS = 5
+PAUSE = 1.0  # seconds between the first two attempts; then it doubles, or is as long as the server asks for
 LONGEST_WAIT = 120  # seconds; if a server asks for more, that is for the user to decide
 OTHER_FILE = "It is another file or version: check DATA_URL and DATA_SIZE."
 
@@ -31,21 +33,10 @@ class Failed(Exception):
     """One try did not get the whole file. args: why, and the seconds to wait before the next; None if another try is no use."""
 
 
-def fetch(
-    url: str,
-    path: str | os.PathLike,
-    size: int = 0,
-    md5: str = "",
-    *,
-    timeout: tuple[float, float] = (10.0, 30.0),
-    attempts: int = 5,
-    pause: float = 1.0,
-) -> None:
+def fetch(url: str, path: str | os.PathLike, size: int = 0, md5: str = "") -> None:
     """Download `url` to `path`, which appears whole and checked, or not at all.
 
     size: bytes, md5: hex digits that the file must have; 0 and "" skip the check.
-    timeout: seconds to connect, and seconds without a byte until the line counts as dropped.
-    attempts: tries in all, `pause` seconds apart at first, doubling, or as long as the server asks for.
     The bytes collect in `path`.part, which outlives a cut or Ctrl-C and is continued at the next call. One process at a time
     writes it. Raises UserError, with what to do, for everything that the network, the server or the disk does.
     """
@@ -54,25 +45,21 @@ def fetch(
     by_hand = f"To do it by hand, download it with a browser or another mirror and put it at {path.absolute()}."
     headers = {"Accept-Encoding": "identity"}  # a compressed transfer would make ranges count other bytes than ours
     with writing(part, "--data_path", "The same command then continues."), alone(part):
-        for attempt in range(1, attempts + 1):
+        for attempt in range(1, ATTEMPTS + 1):
             if path.exists():  # another process was faster
                 return
             try:
-                receive(url, part, size, timeout, headers)
+                receive(url, part, size, headers)
                 break
             except Failed as error:
                 (why, wait), have = error.args, part.stat().st_size
                 if wait is None:
                     raise UserError(f"{url}: {why} {by_hand}") from error
-                if attempt == attempts or wait > LONGEST_WAIT:
-                    tries = count(attempts, "try", "tries") if wait <= LONGEST_WAIT else f"it asks to wait {wait:,.0f} s"
-                    kept = (
-                        f"What has arrived, {count(have, 'byte')}, is kept: run the same command again to continue. "
-                        if have
-                        else ""
-                    )
-                    raise UserError(f"{url}: {why} ({tries}). {kept}{by_hand}") from error
-                wait = max(wait, pause * 2 ** (attempt - 1))
+                if attempt == ATTEMPTS or wait > LONGEST_WAIT:
+                    tries = count(ATTEMPTS, "try", "tries") if wait <= LONGEST_WAIT else f"it asks to wait {wait:,.0f} s"
+                    kept = f"What has arrived, {count(have, 'byte')}, is kept: run the same command again to continue. "
+                    raise UserError(f"{url}: {why} ({tries}). {kept if have else ''}{by_hand}") from error
+                wait = max(wait, PAUSE * 2 ** (attempt - 1))
                 print(f"{why} at {count(have, 'byte')}; trying again in {wait:g} s", flush=True)
                 time.sleep(wait)
         digest = hashlib.md5(usedforsecurity=False)
@@ -111,7 +98,7 @@ def alone(part: Path) -> Iterator[None]:
                 part.unlink()
 
 
-def receive(url: str, part: Path, size: int, timeout: tuple[float, float], headers: dict[str, str]) -> None:
+def receive(url: str, part: Path, size: int, headers: dict[str, str]) -> None:
     """One request: add to `part` what it lacks. headers: kept from one try to the next, which must continue the same file."""
     have = part.stat().st_size
     if size and have == size:
@@ -119,7 +106,7 @@ def receive(url: str, part: Path, size: int, timeout: tuple[float, float], heade
     have = 0 if size and have > size else have  # the rest of another file
     headers["Range"] = f"bytes={have}-"
     try:
-        with get(url, headers=headers, stream=True, timeout=timeout) as response:
+        with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
             have, total = begin(response, part, have, size)
             if response.status_code == 416:
                 return
@@ -142,18 +129,12 @@ def receive(url: str, part: Path, size: int, timeout: tuple[float, float], heade
         raise Failed(plain_reason(error), 0) from error
     except requests.RequestException as error:
         raise Failed(f"{error}. Check DATA_URL / --data_url.", None) from error
+    except OSError as error:
+        if error.errno is None:  # a bundle of certificates that is gone; faults of the disk have a number
+            raise Failed(f"{error}.", None) from error
+        raise
     if have < max(total, size):
         raise Failed("the line dropped", 0)
-
-
-def get(url: str, **options: Any) -> requests.Response:
-    """requests.get. It lets an OSError of its own through, of a bundle of certificates that is gone: no fault of our file."""
-    try:
-        return requests.get(url, **options)
-    except requests.RequestException:
-        raise
-    except OSError as error:
-        raise Failed(f"{error}.", None) from error
 
 
 def begin(response: requests.Response, part: Path, have: int, size: int) -> tuple[int, int]:
@@ -186,10 +167,8 @@ def begin(response: requests.Response, part: Path, have: int, size: int) -> tupl
 def plain_reason(error: BaseException) -> str:
     """A few words for what requests says in a paragraph, and the innermost reason if it is about TLS or a proxy."""
     reason = error
-    while inner := next(
-        (e for e in (getattr(reason, "reason", None), *reason.args[::-1]) if isinstance(e, BaseException)), None
-    ):
-        reason = inner
+    while causes := [e for e in (getattr(reason, "reason", None), *reason.args[::-1]) if isinstance(e, BaseException)]:
+        reason = causes[0]
     if isinstance(error, requests.exceptions.SSLError):
         return f"no secure connection to the server ({reason})"
     if isinstance(error, requests.exceptions.ProxyError):

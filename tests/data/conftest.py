@@ -1,9 +1,11 @@
 """What the tests of the data share."""
 
 import contextlib
+import http.server
 import os
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,23 @@ class Commons:
         finally:
             if os.getuid() == 0:
                 os.seteuid(0)
+
+
+class FolderHandler(http.server.SimpleHTTPRequestHandler):
+    """Serves files; the server's `requests` has the lines that it would log."""
+
+    def log_message(self, *args):
+        self.server.requests.append(args)
+
+
+@contextlib.contextmanager
+def serving(handler):
+    """A server on a free port, with its `url` and a list `requests`."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.requests, server.url = [], f"http://127.0.0.1:{server.server_address[1]}"
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server
+        server.shutdown()
 
 
 @pytest.fixture

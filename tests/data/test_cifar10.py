@@ -1,11 +1,10 @@
 """CIFAR-10 in the format of its binary archive: downloaded over HTTP, read, and refused where something is wrong."""
 
 import hashlib
-import http.server
 import io
 import os
 import tarfile
-import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,8 +14,9 @@ import config
 from src.data.cifar10 import CIFAR10, CIFAR_10, FILES, RECORD
 from src.dataset import prepare
 from src.runtime.build import open_images
-from src.runtime.settings import resolve
+from src.runtime.settings import as_flags, resolve
 from src.utils import UserError
+from tests.data.conftest import FolderHandler, serving
 
 NEVER_ASKED = "http://127.0.0.1:9/never-asked"
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -58,37 +58,16 @@ def cifar(files, tmp_path):
 
 
 @pytest.fixture
-def server(files):
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.server.asked.append(self.path)
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(self.server.file)))
-            self.end_headers()
-            self.wfile.write(self.server.file)
-
-        def log_message(self, *args):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.file, server.asked = packed(files), []
-        server.url = f"http://127.0.0.1:{server.server_address[1]}/cifar-10-binary.tar.gz"
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+def server(files, tmp_path):
+    """Serves the archive. settings: of a run that gets it from there."""
+    archive = packed(files)
+    (tmp_path / "served").mkdir()
+    (tmp_path / "served" / "cifar-10-binary.tar.gz").write_bytes(archive)
+    with serving(partial(FolderHandler, directory=tmp_path / "served")) as server:
+        paths = dict(DATA_PATH=f"{tmp_path}/data/cifar-10-batches-bin", CACHE_PATH=f"{tmp_path}/cache", NUM_WORKERS=0)
+        file = dict(DATA_SIZE=len(archive), DATA_MD5=hashlib.md5(archive).hexdigest())
+        server.settings = paths | file | dict(DATA_URL=f"{server.url}/cifar-10-binary.tar.gz", DATASET="cifar10")
         yield server
-        server.shutdown()
-
-
-def flags(server, tmp_path, *more):
-    own = [
-        "--data_path",
-        tmp_path / "data" / "cifar-10-batches-bin",
-        "--data_url",
-        server.url,
-        "--cache_path",
-        tmp_path / "cache",
-    ]
-    md5 = hashlib.md5(server.file).hexdigest()
-    return [str(word) for word in (*own, "--data_size", len(server.file), "--data_md5", md5, "--num_workers", 0, *more)]
 
 
 # --- where it comes from ------------------------------------------------------------------------------
@@ -106,7 +85,7 @@ def test_the_dataset_alone_brings_its_folder_address_size_and_checksum():
 
 
 def test_it_is_downloaded_checked_unpacked_and_decoded_once(server, files, tmp_path):
-    s = resolve(config, ["--preset", "cifar10", *flags(server, tmp_path)]).settings
+    s = resolve(config, f"--preset cifar10 {as_flags(server.settings)}".split()).settings
     train, val = open_images(s, "train"), open_images(s, "val")
     assert (len(train), len(val)) == (5 * PER_FILE, PER_FILE) and train.classes == val.classes == NAMES
     for images, names in ((train, FILES["train"]), (val, FILES["val"])):
@@ -115,11 +94,11 @@ def test_it_is_downloaded_checked_unpacked_and_decoded_once(server, files, tmp_p
         assert images.labels.tolist() == records[:, 0].tolist()
     assert sorted(os.listdir(tmp_path / "data")) == ["cifar-10-batches-bin", "cifar-10-binary.tar.gz"]
     written = train.path.stat().st_mtime_ns
-    assert open_images(s, "train").path.stat().st_mtime_ns == written and len(server.asked) == 1
+    assert open_images(s, "train").path.stat().st_mtime_ns == written and len(server.requests) == 1
 
 
 def test_an_archive_with_another_checksum_is_refused(server, tmp_path):
-    s = resolve(config, ["--dataset", "cifar10", *flags(server, tmp_path, "--data_md5", "0" * 32)]).settings
+    s = resolve(config, as_flags(server.settings | dict(DATA_MD5="0" * 32)).split()).settings
     with pytest.raises(UserError, match=r"the checksum \(md5\) is"):
         open_images(s, "train")
     assert os.listdir(tmp_path / "data") == []
@@ -217,13 +196,7 @@ def test_the_preset_is_the_papers_network_and_nothing_but_scale_more():
 
 
 def test_a_run_trains_on_it_from_the_download_on_and_draws(run, server):
-    own = {
-        "DATA_PATH": "data/cifar-10-batches-bin",
-        "DATA_URL": server.url,
-        "DATA_SIZE": len(server.file),
-        "DATA_MD5": hashlib.md5(server.file).hexdigest(),
-    }
-    out = run.train(DATASET="cifar10", CACHE_PATH="cache", CLASS_CONDITIONAL=True, EPOCHS=1, IMAGE_SIZE=32, **own).out
+    out = run.train(**server.settings, CLASS_CONDITIONAL=True, EPOCHS=1, IMAGE_SIZE=32).out
     assert "100 images of 10 classes at 32x32" in out and "classes   10: airplane, automobile" in out
     run.sample("--checkpoint", "checkpoints/best.pth", "--num_samples", 2, "--steps", 3, "--classes", "cat,ship")
     assert "cat" in (run.folder / "outputs/pictures/001/labels.csv").read_text()

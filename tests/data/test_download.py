@@ -17,12 +17,12 @@ import pytest
 from src.data import download
 from src.data.download import fetch
 from src.utils import UserError
+from tests.data.conftest import serving
 
 ROOT = Path(__file__).parents[2]
 DATA = bytes(os.urandom(300_000))
 OTHER = bytes(os.urandom(300_000))
 MD5 = hashlib.md5(DATA).hexdigest()
-QUICK = {"timeout": (2.0, 0.5), "pause": 0.01}
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -43,10 +43,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if way in ("busy", "later", "date", "much-later") and first_time:
             self.send_response(503 if way == "busy" else 429)
             if way != "busy":
-                seconds = 3600 if way == "much-later" else 1
-                self.send_header(
-                    "Retry-After", str(seconds) if way != "date" else email.utils.formatdate(time.time() + 2, usegmt=True)
-                )
+                until = email.utils.formatdate(time.time() + 2, usegmt=True)
+                self.send_header("Retry-After", {"later": "1", "much-later": "3600", "date": until}[way])
             return self.end_headers()
         if start >= len(data):
             self.send_response(416)
@@ -80,90 +78,75 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def serve(server):
-    server.requests = []
-    server.url = f"http://127.0.0.1:{server.server_address[1]}"
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    yield server
-    server.shutdown()
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(download, "TIMEOUT", (2.0, 0.5))
+    monkeypatch.setattr(download, "PAUSE", 0.01)
 
 
 @pytest.fixture
 def server():
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        yield from serve(server)
+    with serving(Handler) as server:
+        yield server
 
 
 # --- the file arrives -------------------------------------------------------------------------------
 @pytest.mark.parametrize("way", ["plain", "no-length", "cut", "no-range", "stall", "busy"])
 def test_the_file_arrives_whole_whatever_the_line_does(server, tmp_path, way):
-    fetch(f"{server.url}/{way}/a.zip", tmp_path / "new" / "a.zip", len(DATA), MD5, **QUICK)
+    fetch(f"{server.url}/{way}/a.zip", tmp_path / "new" / "a.zip", len(DATA), MD5)
     assert (tmp_path / "new" / "a.zip").read_bytes() == DATA
     assert os.listdir(tmp_path / "new") == ["a.zip"]
 
 
-def test_without_size_and_checksum_a_cut_is_still_noticed(server, tmp_path):
-    fetch(f"{server.url}/cut/a.zip", tmp_path / "a.zip", **QUICK)
-    assert (tmp_path / "a.zip").read_bytes() == DATA
+@pytest.mark.parametrize("way", ["cut", "replaced"])
+def test_without_size_and_checksum_a_cut_is_noticed_and_two_files_are_not_mixed(server, tmp_path, way):
+    fetch(f"{server.url}/{way}/a.zip", tmp_path / "a.zip")
+    assert (tmp_path / "a.zip").read_bytes() == (DATA if way == "cut" else OTHER)
 
 
-def test_a_file_that_is_replaced_between_two_tries_is_not_mixed(server, tmp_path):
-    fetch(f"{server.url}/replaced/a.zip", tmp_path / "a.zip", **QUICK)
-    assert (tmp_path / "a.zip").read_bytes() == OTHER
-
-
-def test_a_cut_keeps_the_partial_file_and_the_next_start_continues_it(server, tmp_path):
+def test_a_cut_keeps_the_partial_file_and_the_next_start_continues_it(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "ATTEMPTS", 1)
     with pytest.raises(UserError, match="run the same command again to continue"):
-        fetch(f"{server.url}/always-cut/a.zip", tmp_path / "a.zip", len(DATA), MD5, attempts=1, **QUICK)
+        fetch(f"{server.url}/always-cut/a.zip", tmp_path / "a.zip", len(DATA), MD5)
     kept = (tmp_path / "a.zip.part").read_bytes()
     assert 100_000 - download.NETWORK_BLOCK < len(kept) <= 100_000 and DATA.startswith(kept)
-    fetch(f"{server.url}/plain/a.zip", tmp_path / "a.zip", len(DATA), MD5, **QUICK)
+    fetch(f"{server.url}/plain/a.zip", tmp_path / "a.zip", len(DATA), MD5)
     assert server.requests[-1] == ("plain", f"bytes={len(kept)}-")
     assert (tmp_path / "a.zip").read_bytes() == DATA
 
 
-def test_a_complete_partial_file_is_not_asked_for_again(server, tmp_path):
-    (tmp_path / "a.zip.part").write_bytes(DATA)
-    fetch(f"{server.url}/plain/a.zip", tmp_path / "a.zip", len(DATA), MD5, **QUICK)
-    assert not server.requests
-    (tmp_path / "b.zip.part").write_bytes(DATA)
-    fetch(f"{server.url}/plain/b.zip", tmp_path / "b.zip", md5=MD5, **QUICK)  # size unknown: the server says 416
-    assert (tmp_path / "b.zip").read_bytes() == DATA
-
-
-@pytest.mark.parametrize("stale", [b"x" * 400_000, DATA + b"more"])
-@pytest.mark.parametrize("size", [0, len(DATA)])
-def test_a_partial_file_longer_than_the_download_is_started_over(server, tmp_path, stale, size):
-    (tmp_path / "a.zip.part").write_bytes(stale)
-    fetch(f"{server.url}/plain/a.zip", tmp_path / "a.zip", size, MD5, **QUICK)
-    assert (tmp_path / "a.zip").read_bytes() == DATA
-
-
-def test_a_server_that_continues_elsewhere_is_started_over(server, tmp_path):
-    (tmp_path / "a.zip.part").write_bytes(DATA[:5000])
-    fetch(f"{server.url}/elsewhere/a.zip", tmp_path / "a.zip", len(DATA), MD5, **QUICK)
-    assert (tmp_path / "a.zip").read_bytes() == DATA
+@pytest.mark.parametrize("way, part, size, asks", [
+    ("plain", DATA, len(DATA), False),
+    ("plain", DATA, 0, True),  # the server says 416: there is no more
+    ("plain", b"x" * 400_000, len(DATA), True),  # longer than the download
+    ("plain", b"x" * 400_000, 0, True),
+    ("plain", DATA + b"more", len(DATA), True),
+    ("plain", DATA + b"more", 0, True),
+    ("elsewhere", DATA[:5000], len(DATA), True),  # the server sends another part than the one asked for
+], ids=range(7))  # fmt: skip
+def test_a_partial_file_is_completed_or_started_over(server, tmp_path, way, part, size, asks):
+    (tmp_path / "a.zip.part").write_bytes(part)
+    fetch(f"{server.url}/{way}/a.zip", tmp_path / "a.zip", size, MD5)
+    assert (tmp_path / "a.zip").read_bytes() == DATA and bool(server.requests) == asks
 
 
 @pytest.mark.parametrize("way", ["later", "date"])
 def test_a_server_that_asks_to_wait_is_given_the_time(server, tmp_path, way, capsys):
     start = time.monotonic()
-    fetch(f"{server.url}/{way}/a.zip", tmp_path / "a.zip", len(DATA), MD5, **QUICK)
+    fetch(f"{server.url}/{way}/a.zip", tmp_path / "a.zip", len(DATA), MD5)
     assert time.monotonic() - start > 0.9 and "429 Too Many Requests at 0 bytes; trying again in" in capsys.readouterr().out
 
 
 def test_a_server_that_asks_to_wait_for_an_hour_is_told(server, tmp_path):
     with pytest.raises(UserError, match=r"answered 429 Too Many Requests \(it asks to wait 3,600 s\). To do it by hand"):
-        fetch(f"{server.url}/much-later/a.zip", tmp_path / "a.zip", **QUICK)
+        fetch(f"{server.url}/much-later/a.zip", tmp_path / "a.zip")
     assert len(server.requests) == 1 and os.listdir(tmp_path) == []
 
 
 def test_two_at_once_share_one_download(server, tmp_path, capsys):
     """The second waits for the first: they never write into one file."""
-    threads = [
-        threading.Thread(target=fetch, args=(f"{server.url}/slow/a.zip", tmp_path / "a.zip", len(DATA), MD5), kwargs=QUICK)
-        for _ in range(2)
-    ]
+    arguments = f"{server.url}/slow/a.zip", tmp_path / "a.zip", len(DATA), MD5
+    threads = [threading.Thread(target=fetch, args=arguments) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -183,7 +166,7 @@ def test_the_second_process_goes_on_where_the_first_was_killed(server, tmp_path)
         time.sleep(0.01)
     thread = threading.Timer(0.3, process.kill)
     thread.start()
-    fetch(f"{server.url}/plain/a.zip", tmp_path / "a.zip", len(DATA), MD5, **QUICK)
+    fetch(f"{server.url}/plain/a.zip", tmp_path / "a.zip", len(DATA), MD5)
     assert process.wait() != 0 and (tmp_path / "a.zip").read_bytes() == DATA
     assert server.requests[-1][1] is not None, "it began anew"
 
@@ -191,7 +174,7 @@ def test_the_second_process_goes_on_where_the_first_was_killed(server, tmp_path)
 # --- it does not ------------------------------------------------------------------------------------
 def test_a_wrong_checksum_names_both_and_removes_the_file(server, tmp_path):
     with pytest.raises(UserError, match=f"{MD5}.*{'0' * 32}"):
-        fetch(f"{server.url}/plain/a.zip", tmp_path / "a.zip", len(DATA), "0" * 32, **QUICK)
+        fetch(f"{server.url}/plain/a.zip", tmp_path / "a.zip", len(DATA), "0" * 32)
     assert os.listdir(tmp_path) == []
 
 
@@ -207,20 +190,22 @@ def test_a_wrong_checksum_names_both_and_removes_the_file(server, tmp_path):
 )
 def test_what_cannot_be_right_is_refused_at_once(server, tmp_path, way, size, says):
     with pytest.raises(UserError, match=says):
-        fetch(f"{server.url}/{way}/a.zip", tmp_path / "a.zip", size, **QUICK)
+        fetch(f"{server.url}/{way}/a.zip", tmp_path / "a.zip", size)
     assert len(server.requests) == 1 and not (tmp_path / "a.zip").exists()
 
 
-def test_no_network_and_bad_addresses_are_one_sentence(tmp_path):
+def test_no_network_and_bad_addresses_are_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "ATTEMPTS", 2)
     with pytest.raises(UserError, match=r"no connection to the server \(is there a network\?\) \(2 tries\). To do it by hand"):
-        fetch("http://127.0.0.1:9/a.zip", tmp_path / "a.zip", attempts=2, **QUICK)
+        fetch("http://127.0.0.1:9/a.zip", tmp_path / "a.zip")
     for url in ("not a url", "ftp://127.0.0.1/a.zip", "http://"):
         with pytest.raises(UserError, match="DATA_URL"):
-            fetch(url, tmp_path / "a.zip", **QUICK)
+            fetch(url, tmp_path / "a.zip")
     assert os.listdir(tmp_path) == []
 
 
 def test_a_certificate_that_is_not_trusted_and_a_proxy_say_their_reason(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "ATTEMPTS", 1)
     key = tmp_path / "key.pem"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
     made = subprocess.run([*command, "-keyout", key, "-out", key.with_name("cert.pem")], capture_output=True)
@@ -228,21 +213,18 @@ def test_a_certificate_that_is_not_trusted_and_a_proxy_say_their_reason(server, 
         pytest.skip("no openssl here")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(key.with_name("cert.pem"), key)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as secure:
+    with serving(Handler) as secure:
         secure.socket = context.wrap_socket(secure.socket, server_side=True)
-        for _ in serve(secure):
-            with pytest.raises(
-                UserError, match=r"no secure connection to the server \(.*certificate verify failed: self.signed"
-            ):
-                fetch(secure.url.replace("http", "https") + "/plain/a.zip", tmp_path / "a.zip", attempts=1, **QUICK)
+        with pytest.raises(UserError, match=r"no secure connection to the server \(.*certificate verify failed: self.signed"):
+            fetch(secure.url.replace("http", "https") + "/plain/a.zip", tmp_path / "a.zip")
     monkeypatch.setenv("HTTPS_PROXY", server.url)
-    monkeypatch.setenv("NO_PROXY", "")
-    monkeypatch.setenv("no_proxy", "")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "")
     with pytest.raises(UserError, match=r"no connection through the proxy \(.*(501|Tunnel)"):
-        fetch("https://example.invalid/a.zip", tmp_path / "a.zip", attempts=1, **QUICK)
+        fetch("https://example.invalid/a.zip", tmp_path / "a.zip")
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/gone/ca.pem")
     with pytest.raises(UserError, match=r"^https://localhost/a.zip: .*/gone/ca.pem\. To do it by hand"):
-        fetch("https://localhost/a.zip", tmp_path / "a.zip", **QUICK)
+        fetch("https://localhost/a.zip", tmp_path / "a.zip")
 
 
 def test_a_full_disk_is_told_before_and_a_bad_place_at_once(server, tmp_path, monkeypatch):
@@ -250,8 +232,8 @@ def test_a_full_disk_is_told_before_and_a_bad_place_at_once(server, tmp_path, mo
     with monkeypatch.context() as patch:
         patch.setattr(download.shutil, "disk_usage", lambda _: usage._replace(free=10))
         with pytest.raises(UserError, match=r"needs 0 MB more. Free some space .0 MB are free there., or choose another place"):
-            fetch(f"{server.url}/plain/a.zip", tmp_path / "a.zip", **QUICK)
+            fetch(f"{server.url}/plain/a.zip", tmp_path / "a.zip")
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"Cannot write to .*--data_path"):
-        fetch(f"{server.url}/plain/a.zip", tmp_path / "file" / "a.zip", **QUICK)
+        fetch(f"{server.url}/plain/a.zip", tmp_path / "file" / "a.zip")
     assert os.listdir(tmp_path) == ["file"]

@@ -2,10 +2,8 @@
 
 import gzip
 import hashlib
-import http.server
 import re
 import struct
-import threading
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from torchvision import datasets
 
 from src.dataset import DATASETS
 from src.utils import UserError
+from tests.data.conftest import FolderHandler, serving
 from tests.runs import ROOT, ended
 
 RANDOM = np.random.default_rng(0)
@@ -38,24 +37,15 @@ def write_raw(folder: Path) -> None:
         (folder / name).write_bytes(content)
 
 
-class Silent(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
-
-
 def test_the_preset_downloads_mnist_to_a_folder_of_its_own_once(run, tmp_path):
     files = {f"{name}.gz": gzip.compress(content, 1) for name, content in raw_files().items()}
-    served = tmp_path / "served"
-    served.mkdir()
+    (tmp_path / "served").mkdir()
     for name, content in files.items():
-        (served / name).write_bytes(content)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Silent, directory=served)) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        mirrors = [f"http://127.0.0.1:{server.server_address[1]}/"]
+        (tmp_path / "served" / name).write_bytes(content)
+    with serving(partial(FolderHandler, directory=tmp_path / "served")) as server:
         resources = [(name, hashlib.md5(content).hexdigest()) for name, content in files.items()]
-        setup = f"from torchvision.datasets import MNIST; MNIST.mirrors, MNIST.resources = {mirrors}, {resources}"
+        setup = f"from torchvision.datasets import MNIST; MNIST.mirrors, MNIST.resources = ['{server.url}/'], {resources}"
         ended(run.start("train.py", "--preset", "mnist", *SMALL.split(), setup=setup), 0)
-        server.shutdown()
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["cache", "mnist"]
     for split, part in (("train", "train"), ("val", "t10k")):
         cache = next((tmp_path / "data" / "cache").glob(f"mnist-{split}-28-grey-*"))
@@ -86,8 +76,6 @@ def test_a_truncated_file_is_one_sentence(tmp_path, name):
     raw = tmp_path / "MNIST" / "raw"
     write_raw(raw)
     (raw / name).write_bytes((raw / name).read_bytes()[:-5])
-    with pytest.raises(
-        UserError, match=f"torchvision cannot download MNIST to {tmp_path}, or read it there: .* move them else"
-    ):
+    with pytest.raises(UserError, match=f"cannot download MNIST to {tmp_path}, or read it there: .* move them else"):
         for split in ("train", "val"):
             DATASETS["mnist"](tmp_path, split, 28)

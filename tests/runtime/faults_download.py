@@ -12,7 +12,7 @@ import pytest
 from tests.runs import Process, Runner
 from tests.runtime.faults import fault
 
-PATIENCE = "from src.data.download import fetch; fetch.__kwdefaults__.update(timeout=(2, 0.3), pause=0.01)"
+PATIENCE = "from src.data import download; download.TIMEOUT, download.PAUSE = (2, 0.3), 0.01"
 DATA = bytes(200_000)
 
 
