@@ -22,7 +22,7 @@ from src.runtime.settings import Settings, settings_from_dict
 from src.utils import UserError, atomic_file, flush_folder, numbered, reason, stand_in, take_free, writing
 
 VERSION = 2  # of the layout. This program reads its own version and older ones.
-FEWEST_DRAWS = 500  # of a validation: fewer put checkpoints into another order now and then (docs/recipes.md)
+FEWEST_DRAWS = 500  # of a validation: they choose the checkpoint that 2,000 choose (docs/recipes.md)
 TO_DRAW = ("config", "classes", "class_ids", "ema")
 TO_TRAIN = ("model", "optimizer", "scaler", "meter")
 TO_RESUME = (*TO_DRAW, "step", "epoch", "best_loss", *TO_TRAIN)
