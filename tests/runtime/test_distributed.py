@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -93,13 +92,6 @@ def test_a_run_goes_on_with_another_number_of_processes(run, alone, before, afte
     assert_nearly_the_same_run(run, alone)
 
 
-def test_a_resumed_run_of_two_is_the_uninterrupted_one_bit_for_bit(run, pair):
-    train_all(run, 2, codes=[143, 143], setups={1: signal_at(12, 0, "SIGTERM")}, **STEPS_50)
-    train_all(run, 2, **STEPS_50)
-    assert differences(run.state(), pair.state()) == []
-    assert run.scalars() == pair.scalars()
-
-
 def test_the_first_points_after_a_resume_are_means_over_all_processes(run):
     settings = STEPS_50 | {"LOG_EVERY": 4, "EPOCHS": 2}
     whole, parts = run.to("whole"), run.to("parts")
@@ -171,13 +163,14 @@ def test_killing_one_process_ends_the_others_and_resume_is_the_uninterrupted_run
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_signal_to_one_process_stops_all_after_the_same_step(run, pair, rank):
+def test_a_signal_to_one_process_stops_all_after_the_same_step_and_resume_is_the_uninterrupted_run(run, pair, rank):
     first, second = train_all(run, 2, codes=[143, 143], setups={rank: signal_at(12, 0, "SIGTERM")}, **STEPS_50)
     assert "Stopped after step 13 of 50" in first.out
     assert [first.err, second.err][rank].strip() == "SIGTERM: finishing the step, then saving. A second Ctrl-C stops at once."
     assert [first.err, second.err][1 - rank] == ""
     train_all(run, 2, **STEPS_50)
     assert differences(run.state(), pair.state()) == []
+    assert run.scalars() == pair.scalars()
 
 
 NOT_FINITE = """
@@ -274,7 +267,7 @@ def test_two_processes_measure_what_one_measures(run, pair):
         for process in start_all(run, "evaluate.py", [[*words, *folder]] * size):
             ended(process, 0)
         (report,) = (run.folder / f"out_{size}").glob("*.json")
-        reports.append(figures_of(report))
+        reports.append(figures_of(json.loads(report.read_text())))
     one, two = reports
     assert one.keys() == two.keys()
     assert len(one) > 20
@@ -283,22 +276,13 @@ def test_two_processes_measure_what_one_measures(run, pair):
     assert kept[0] == kept[1] and len(kept[0]) == 1, "one process writes, and leaves nothing half done"
 
 
-def figures_of(report: Path) -> dict[str, float]:
+def figures_of(value: object, name: str = "") -> dict[str, float]:
     """Every number in a report, by its dotted name, but for those of the protocol."""
-    found = {}
-
-    def walk(name: str, value: object) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                walk(f"{name}.{key}", inner)
-        elif isinstance(value, list):
-            for key, inner in enumerate(value):
-                walk(f"{name}.{key}", inner)
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            found[name] = value
-
-    walk("", {key: value for key, value in json.loads(report.read_text()).items() if key != "protocol"})
-    return found
+    if isinstance(value, (dict, list)):
+        parts = value.items() if isinstance(value, dict) else enumerate(value)
+        of_parts = [figures_of(inner, f"{name}.{key}") for key, inner in parts if key != "protocol"]
+        return {name: number for found in of_parts for name, number in found.items()}
+    return {name: value} if isinstance(value, (int, float)) and not isinstance(value, bool) else {}
 
 
 # --- torchrun ---------------------------------------------------------------------------------------------
@@ -311,14 +295,9 @@ def torchrun(run: Runner, setup: str, *words: str, **changes) -> subprocess.Comp
     preamble = f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\n{setup}\n"
     script.write_text(preamble + f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *words, str(script)]
-    return subprocess.run(
-        [*command, *run.flags(**changes)],
-        cwd=run.folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    words = [*command, *run.flags(**changes)]
+    return subprocess.run(words, cwd=run.folder, env=environment, capture_output=True, text=True, timeout=120)
 
 
 KILL_ONCE = """
@@ -373,29 +352,29 @@ def set_environment(monkeypatch, values: dict[str, str | None]) -> None:
             monkeypatch.setenv(name, value)
 
 
-ALONE = [{}, {"WORLD_SIZE": "1"}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "0"}, {"RANK": "3"}]
-
-
-@pytest.mark.parametrize("values", [*ALONE, {"WORLD_SIZE": "1", "RANK": "", "MASTER_PORT": "x"}])
-def test_one_process_is_one_process_whatever_else_a_cluster_sets(monkeypatch, values):
-    set_environment(monkeypatch, values)
+@pytest.mark.parametrize("size", [None, "", "0", "1"])
+@pytest.mark.parametrize("others", [{}, {"RANK": "3"}, {"RANK": "", "MASTER_PORT": "x"}])
+def test_one_process_is_one_process_whatever_else_a_cluster_sets(monkeypatch, size, others):
+    set_environment(monkeypatch, {"WORLD_SIZE": size, **others})
     with World.join() as world:
         assert world == World() and world.is_main
 
 
-@pytest.mark.parametrize("name", JOB)
-@pytest.mark.parametrize("value", [None, "", "x", "-1"])
-def test_several_processes_with_a_name_missing_or_no_number_are_refused_in_a_sentence(monkeypatch, name, value):
-    if (name == "WORLD_SIZE" and not value) or (name == "MASTER_ADDR" and value):
-        return
+ODD = {**dict.fromkeys((None, ""), "is not set"), **dict.fromkeys(("x", "-1"), "expected a number")}
+
+
+@pytest.mark.parametrize(
+    "name, value, says",
+    [
+        *((name, value, says) for name in ("RANK", "LOCAL_RANK", "MASTER_PORT") for value, says in ODD.items()),
+        *(("MASTER_ADDR", value, "is not set") for value in (None, "")),
+        *(("WORLD_SIZE", value, "expected a number") for value in ("x", "-1")),
+        ("RANK", "2", "expected a number below WORLD_SIZE=2"),
+    ],
+)
+def test_several_processes_without_a_name_or_number_are_refused_in_a_sentence(monkeypatch, name, value, says):
     set_environment(monkeypatch, JOB | {name: value})
-    with pytest.raises(UserError, match=rf"{name}.*Start several processes with torchrun.*unset WORLD_SIZE"), World.join():
-        pass
-
-
-def test_a_rank_beyond_the_last_is_refused(monkeypatch):
-    set_environment(monkeypatch, JOB | {"RANK": "2"})
-    with pytest.raises(UserError, match="RANK=2, expected a number below WORLD_SIZE=2"), World.join():
+    with pytest.raises(UserError, match=rf"{name}.*{says}.*with torchrun.*unset WORLD_SIZE"), World.join():
         pass
 
 

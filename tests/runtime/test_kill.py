@@ -1,19 +1,17 @@
 """SIGKILL at random instants: every checkpoint on disk loads, and the run ends as the uninterrupted one.
 
-KILLS says how many; `python -m tests.runtime.test_kill 100` shows the count.
+`KILLS=100 pytest -s tests/runtime/test_kill.py` kills as often and shows the count.
 """
 
 import os
 import random
 import signal
-import sys
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 
 from src.runtime.checkpoint import load_checkpoint
-from tests.runs import Process, Runner, Zygote, differences, make_pictures
+from tests.runs import Process, Runner, differences
 
 KILLS = int(os.environ.get("KILLS", 6))
 STEPS_PER_LIFE = 10  # more than a life lasts: the run is not to end before the last kill
@@ -76,12 +74,9 @@ def kill_again_and_again(run: Runner, kills: int, seed: int) -> Counter:
 def test_killed_again_and_again_a_run_ends_as_the_uninterrupted_one(run):
     killed, calm = run.to("killed"), run.to("calm")
     places = kill_again_and_again(killed, KILLS, seed=0)
+    print(f"{KILLS} kills: {places}")
     assert places["inside a save"] > 0
     calm.train(EPOCHS=KILLS * STEPS_PER_LIFE // 10, **SETTINGS)
-    assert_ended_alike(killed, calm)
-
-
-def assert_ended_alike(killed: Runner, calm: Runner) -> None:
     assert killed.files("*.pth").keys() == calm.files("*.pth").keys()
     for name in calm.files("*.pth"):
         if (stem := Path(name).stem) != "latest.previous":  # which may be of any step
@@ -90,29 +85,3 @@ def assert_ended_alike(killed: Runner, calm: Runner) -> None:
     assert killed.scalars() == calm.scalars()
     assert killed.grids() == calm.grids()
     assert not killed.files("checkpoints/.*part*"), "half-written files stay for ever"
-
-
-def main(kills: int) -> None:
-    zygote = Zygote()
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        (root / "pictures").mkdir()
-        runner = Runner(zygote, root / "runs", make_pictures(root / "pictures"))
-        runner.folder.mkdir()
-        killed, calm = runner.to("killed"), runner.to("calm")
-        start = time.monotonic()
-        places = kill_again_and_again(killed, kills, seed=time.time_ns())
-        print(f"{kills} kills in {time.monotonic() - start:.0f} s:")
-        for place, count in places.most_common():
-            print(f"{count:6,} {place}")
-        start = time.monotonic()
-        calm.train(EPOCHS=kills * STEPS_PER_LIFE // 10, **SETTINGS)
-        step = calm.state()["step"]
-        print(f"The uninterrupted run of {step:,} steps took {time.monotonic() - start:.0f} s.")
-        assert_ended_alike(killed, calm)
-        print("Weights, average, optimizer, best.pth, curves and grids of the two are the same to the last bit.")
-    zygote.close()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 100)
