@@ -239,14 +239,19 @@ def half_of_the_pictures(run: Runner) -> dict[str, object]:
 
 @fault("Pictures were added, removed or edited since")
 def other_pictures(run, trained):
-    return meets_another(run, trained, **half_of_the_pictures(run))
+    process = meets_another(run, trained, **half_of_the_pictures(run))
+    assert "trained on other images (train 80 -> 40, val 4 -> 2)" in process.err
+    return process
 
 
 @fault("The same, with --accept_changes")
 def other_pictures_accepted(run):
     run.train(max_steps=20)
-    process = run.start_train(accept_changes=True, EPOCHS=5, **half_of_the_pictures(run)).wait()
+    fewer, best = half_of_the_pictures(run), run.state("best")["best_loss"]
+    process = run.start_train(accept_changes=True, EPOCHS=5, **fewer).wait()
+    assert f"the lowest validation loss so far, {best:.5f}, was measured on other images" in process.out
     assert run.state()["step"] == run.state("best")["step"] == 25
+    assert "note" not in ended(run.start("train.py", *run.flags(EPOCHS=6, **fewer), name="_again"), 0).out, "it is said once"
     return process
 
 

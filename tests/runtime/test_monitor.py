@@ -109,11 +109,8 @@ def test_a_run_that_cannot_work_is_warned_about_with_what_to_type(words, last_st
 @pytest.mark.parametrize(
     ("words", "step", "idle"),
     [
-        (
-            "--label_dropout 0.2 --preview_guidance 3 --data_path x --data_size 5",
-            0,
-            "label_dropout preview_guidance data_path data_size",
-        ),
+        ("--label_dropout 0.2 --preview_guidance 3", 0, "label_dropout preview_guidance"),
+        ("--data_path x --data_size 5", 0, "data_path data_size"),
         ("--label_dropout 0.2 --preview_guidance 3 --class_conditional --dataset folder --data_path x", 0, ""),
         ("--init_from x --preview_steps 30 --time_steps 20", 0, "preview_steps"),
         ("--init_from x", 5, "init_from"),
