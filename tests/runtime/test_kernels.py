@@ -38,6 +38,10 @@ def values_and_gradients(module, *inputs):
     return [out, *torch.autograd.grad(out, [*(x for x in inputs if x.requires_grad), *module.parameters()], dy)]
 
 
+def relative_errors(some, exact) -> list[float]:
+    return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(some, exact)]
+
+
 def random(*shape, dtype=torch.float64, layout=torch.contiguous_format):
     x = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     return x.to(dtype).contiguous(memory_format=layout).requires_grad_()
@@ -74,8 +78,7 @@ def test_in_float32_the_network_computes_the_same():
     quick = copy.deepcopy(plain)
     speed_up(quick, CPU, torch.float32)
     torch.testing.assert_close(quick(x, t, y), plain(x, t, y), atol=1e-5, rtol=1e-4)
-    for name, gradient in gradients(quick, x, t, y).items():
-        torch.testing.assert_close(gradient, gradients(plain, x, t, y)[name], atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(gradients(quick, x, t, y), gradients(plain, x, t, y), atol=1e-5, rtol=1e-3)
 
 
 def errors_in_bf16(network, model, exact, wanted) -> tuple[float, float]:
@@ -135,9 +138,7 @@ def test_a_norm_is_as_near_to_float64_as_the_plain_one_and_stays_in_its_precisio
         ours = values_and_gradients(swapped(norm, quick), x)
     half = values_and_gradients(copy.deepcopy(norm).bfloat16(), x)
     assert ours[0].dtype == ours[1].dtype == torch.bfloat16 and ours[0].is_contiguous(memory_format=layout)
-    errors, errors_of_half = (
-        [((a.double() - b).norm() / b.norm()).item() for a, b in zip(some, exact)] for some in (ours, half)
-    )
+    errors, errors_of_half = relative_errors(ours, exact), relative_errors(half, exact)
     assert all(a < 1.1 * b + 1e-4 for a, b in zip(errors[:2], errors_of_half)), "the output and the gradient of x"
     assert max(errors[2:]) < 0.01 * (1 + offset), "the gradients of weight and bias"
 
@@ -186,8 +187,7 @@ class NormSiLU(nn.Module):
 def test_norm_and_silu_in_one_are_the_norm_and_silu(with_scale, layout):
     norm, inputs = norm_and_inputs(with_scale, layout=layout)
     ours, theirs = (values_and_gradients(NormSiLU(norm, f), *inputs) for f in (norm_silu, plain_norm_silu))
-    for a, b in zip(ours, theirs):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
     assert ours[0].is_contiguous(memory_format=layout)
     weights = (norm.weight.detach().requires_grad_(), norm.bias.detach().requires_grad_())
 
@@ -202,10 +202,8 @@ def test_in_bf16_it_is_as_near_to_float64_as_the_plain_one(with_scale):
     norm, inputs = norm_and_inputs(with_scale, torch.bfloat16, channels=48, size=8)
     exact_inputs = [a.detach().double().requires_grad_() for a in inputs]
     exact = values_and_gradients(NormSiLU(copy.deepcopy(norm).double(), plain_norm_silu), *exact_inputs)
-    errors = [
-        [((a.double() - b).norm() / b.norm()).item() for a, b in zip(values_and_gradients(NormSiLU(norm, f), *inputs), exact)]
-        for f in (norm_silu, plain_norm_silu)
-    ]
+    found = (values_and_gradients(NormSiLU(norm, f), *inputs) for f in (norm_silu, plain_norm_silu))
+    errors = [relative_errors(some, exact) for some in found]
     assert all(ours < 1.2 * theirs + 1e-3 for ours, theirs in zip(*errors)), errors
 
 
@@ -240,8 +238,7 @@ def test_a_lean_block_is_a_residual_block_compiled_or_not(backend):
     call = torch.compile(lean, fullgraph=True, backend=backend) if backend else lean
     ours = call(x, emb), *torch.autograd.grad(call(x, emb).square().sum(), [x, emb, *lean.parameters()])
     theirs = block(x, emb), *torch.autograd.grad(block(x, emb).square().sum(), [x, emb, *block.parameters()])
-    for a, b in zip(ours, theirs):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
 def test_a_second_derivative_of_it_is_refused_too():
@@ -257,8 +254,7 @@ def test_attention_by_its_formula_is_attention():
     layer = Attention(128, 8).double()
     nn.init.normal_(layer.out.weight)
     x = random(2, 128, 4, 4)
-    for ours, plain in zip(values_and_gradients(swapped(layer, FormulaAttention), x), values_and_gradients(layer, x)):
-        torch.testing.assert_close(ours, plain)
+    torch.testing.assert_close(values_and_gradients(swapped(layer, FormulaAttention), x), values_and_gradients(layer, x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -284,8 +280,7 @@ def test_up_sampling_with_four_products_is_up_sampling(layout):
     layer = Upsample(6).double()
     x = random(2, 6, 5, 5, layout=layout)
     ours, plain = values_and_gradients(swapped(layer, FourProductUpsample), x), values_and_gradients(layer, x)
-    for a, b in zip(ours, plain):
-        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(ours, plain)
     assert ours[0].is_contiguous(memory_format=torch.channels_last)
 
 

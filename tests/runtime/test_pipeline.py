@@ -14,12 +14,13 @@ from src.runtime.pipeline import Pipeline
 from src.utils import FlagError
 
 
+def pipeline_of(run, *words: str, script=sample) -> Pipeline:
+    return Pipeline(script.read_flags(["--checkpoint", str(run.folder / "checkpoints/best.pth"), "--device", "cpu", *words]))
+
+
 @pytest.mark.parametrize("is_compiled", [False, True])
 def test_a_compiled_network_meets_one_shape_and_draws_the_same_pictures(trained, is_compiled):
-    checkpoint = trained.folder / "checkpoints" / "best.pth"
-    pipeline = Pipeline(
-        sample.read_flags(["--checkpoint", str(checkpoint), "--steps", "2", "--device", "cpu", "--compile", "false"])
-    )
+    pipeline = pipeline_of(trained, "--steps", "2", "--compile", "false")
     start = partial(pipeline.start, 0)
     plain = torch.cat([pictures for _, pictures in pipeline.series(range(11), 11, tqdm(disable=True), start)])
 
@@ -53,7 +54,7 @@ def test_the_batch_size_changes_no_picture_in_either_precision(precision):
 
 @pytest.mark.parametrize("each, most", [(0.001, 64), (0.02, 4)])  # 64 pictures in 74 ms; 1.3 s, which is too long to try
 def test_the_forecast_rests_on_several_calls_and_on_the_usual_batch_where_that_is_quick(trained, monkeypatch, each, most):
-    pipeline = Pipeline(sample.read_flags(["--checkpoint", str(trained.folder / "checkpoints/best.pth"), "--device", "cpu"]))
+    pipeline = pipeline_of(trained)
     clock, sizes = [0.0], []
     monkeypatch.setattr("src.runtime.pipeline.time.perf_counter", lambda: clock[0])
 
@@ -84,8 +85,7 @@ def test_the_network_is_compiled_for_as_many_calls_as_drawing_takes(
     asked = []
     monkeypatch.setattr("src.runtime.pipeline.should_compile", lambda choice, device, calls: bool(asked.append(calls)))
     monkeypatch.setattr(Pipeline, "seconds_per_call", lambda *_: 1.0)
-    checkpoint = trained_with_classes.folder / "checkpoints" / "best.pth"
-    pipeline = Pipeline(sample.read_flags(["--checkpoint", str(checkpoint), "--device", "cpu", *flags.split()]))
+    pipeline = pipeline_of(trained_with_classes, *flags.split())
     pipeline.world = World(size=processes)
     pipeline.prepare(count, 64)
     assert asked == ([0] if flags == "--compile true" else [0, calls])
@@ -96,10 +96,9 @@ def test_guidance_needs_a_network_that_has_seen_hidden_labels(trained_with_class
     state = trained_with_classes.state("best")
     state["config"]["LABEL_DROPOUT"] = 0.0
     torch.save(state, tmp_path / "all_labels.pth")
-    always = ["--device", "cpu", "--compile", "false", "--guidance"]
+    all_labels = ["--checkpoint", str(tmp_path / "all_labels.pth")]
     for script in (sample, evaluate):
         with pytest.raises(FlagError, match=rf"--guidance: got {guidance}, .* LABEL_DROPOUT 0.*Allowed is 1;"):
-            Pipeline(script.read_flags([*always, str(guidance), "--checkpoint", str(tmp_path / "all_labels.pth")]))
-        Pipeline(script.read_flags([*always, "1", "--checkpoint", str(tmp_path / "all_labels.pth")]))
-        best = trained_with_classes.folder / "checkpoints" / "best.pth"
-        Pipeline(script.read_flags([*always, str(guidance), "--checkpoint", str(best)]))
+            pipeline_of(trained_with_classes, "--guidance", str(guidance), *all_labels, script=script)
+        pipeline_of(trained_with_classes, "--guidance", "1", *all_labels, script=script)
+        pipeline_of(trained_with_classes, "--guidance", str(guidance), script=script)
