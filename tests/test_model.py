@@ -7,8 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import src.model
 from src.diffusion import GaussianDiffusion
@@ -51,32 +49,20 @@ def test_the_prediction_has_the_shape_of_the_image_and_starts_at_zero(image_size
     assert out.shape == x.shape and out.dtype == torch.float32 and (out == 0).all()
 
 
-@pytest.mark.parametrize("dim", [8, 16, 32, 96])
-def test_narrow_networks_work(dim):
-    x, t, _ = batch()
-    out = tiny(dim=dim)(x, t)
-    assert out.shape == x.shape and out.isfinite().all() and out.std() > 0
-
-
-@pytest.mark.parametrize("dim_mults", [(1,), (2,), (2, 4), (1, 1, 1), (3, 2, 1)])
 @pytest.mark.parametrize("num_res_blocks", [1, 3])
-def test_any_levels_and_any_number_of_blocks_fit_together(dim_mults, num_res_blocks):
+@pytest.mark.parametrize("dim_mults", [(1,), (2,), (2, 4), (1, 1, 1), (3, 2, 1)])
+@pytest.mark.parametrize("dim", [8, 96])
+def test_any_width_any_levels_and_any_number_of_blocks_fit_together(dim, dim_mults, num_res_blocks):
     x, t, _ = batch()
-    model = tiny(dim=8, dim_mults=dim_mults, num_res_blocks=num_res_blocks)
-    assert model(x, t).shape == x.shape
+    model = tiny(dim=dim, dim_mults=dim_mults, num_res_blocks=num_res_blocks)
+    out = model(x, t)
+    assert out.shape == x.shape and out.isfinite().all() and out.std() > 0
     assert all(gradient is not None for gradient in gradients(model, x, t).values())
 
 
 def test_the_default_network_has_92_million_parameters():
     with torch.device("meta"):
         assert parameter_count(UNet()) == 92_025_731
-
-
-def test_a_forward_pass_of_the_default_takes_60_gflop_an_image():
-    shapes_alone, attention_as_products = FakeTensorMode(), sdpa_kernel(SDPBackend.MATH)  # which any torch counts
-    with shapes_alone, attention_as_products, FlopCounterMode(display=False) as counter, torch.no_grad():
-        UNet()(torch.empty(1, 3, 64, 64), torch.zeros(1, dtype=torch.int64))
-    assert counter.get_total_flops() == pytest.approx(60.6e9, rel=0.002)
 
 
 @pytest.mark.parametrize("size", [32, 64, 128, 256])
@@ -125,11 +111,6 @@ def test_the_step_is_embedded_in_sines_and_cosines_of_falling_frequency():
     angles = t[:, None].double() * torch.tensor([10_000 ** (-i / half) for i in range(half)], dtype=torch.float64)
     expected = torch.cat([angles.cos(), angles.sin()], dim=1).float()
     torch.testing.assert_close(sinusoid(t, 2 * half), expected, atol=1e-4, rtol=0)
-
-
-def test_steps_that_are_neighbours_have_different_embeddings():
-    table = sinusoid(torch.arange(4000), 32)
-    assert torch.cdist(table[:-1, None], table[1:, None]).min() > 0.1
 
 
 @pytest.mark.parametrize(
@@ -234,16 +215,10 @@ def test_activation_checkpointing_gives_the_same_gradients():
 
 def test_activation_checkpointing_keeps_less():
     def kept(model):
-        total = 0
-
-        def pack(tensor):
-            nonlocal total
-            total += tensor.numel()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        numbers = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: numbers.append(x.numel()), lambda packed: None):
             model(*batch(8)[:2])
-        return total
+        return sum(numbers)
 
     assert kept(tiny(num_res_blocks=3, activation_checkpointing=True)) < 0.5 * kept(tiny(num_res_blocks=3))
 

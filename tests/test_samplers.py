@@ -9,7 +9,7 @@ import torch
 
 from src.diffusion import SCHEDULES, GaussianDiffusion, at, posterior
 from src.samplers import SAMPLERS, SPACINGS, ddim, dpm_solver_pp
-from tests.test_diffusion import THEIR_SCHEDULE
+from tests.test_diffusion import THEIR_SCHEDULE, say
 
 DETERMINISTIC = ("ddim", "dpm++")
 
@@ -66,10 +66,7 @@ def network(diffusion, data):
     """The best network for `data`, in the language of `diffusion.prediction`."""
 
     def model(x, t, y=None):
-        abar = at(diffusion.alphas_cumprod, t).to(x.dtype)
-        x_0 = data.x_0(x, abar)
-        eps = (x - abar.sqrt() * x_0) / (1 - abar).sqrt()
-        return {"x0": x_0, "eps": eps, "v": abar.sqrt() * eps - (1 - abar).sqrt() * x_0}[diffusion.prediction]
+        return say(diffusion, data.x_0(x, at(diffusion.alphas_cumprod, t).to(x.dtype)), x, t)
 
     return model
 
