@@ -252,6 +252,8 @@ def check_combinations(s: Settings, places: Mapping[str, str], dataset_names: Co
     # Only flags: a constant or a preset may name the levels of several image sizes.
     if "ATTENTION_RESOLUTIONS" not in places and not set(s.ATTENTION_RESOLUTIONS) <= set(levels):
         refuse("ATTENTION_RESOLUTIONS IMAGE_SIZE DIM_MULTS", f"0 and the sizes of the levels, {as_text(levels)}")
+    if s.PRECISION == "fp16" and s.DEVICE == "cpu":
+        refuse("PRECISION DEVICE", "fp32 and bf16 on a CPU")
 
 
 # --- settings as values: printed, compared, read back ---------------------------------------------------

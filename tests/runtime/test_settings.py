@@ -222,6 +222,7 @@ def test_names_in_lower_case_and_with_an_underscore_are_the_users_own():
         ("--attention_resolutions 16,7 --dim_mults 1,2 --image_size 32",
          "--attention_resolutions 16,7 with --image_size 32 and --dim_mults 1,2: allowed are 0 and the sizes of the "
          "levels, 32,16."),
+        ("--precision fp16 --device cpu", "--precision fp16 with --device cpu: allowed are fp32 and bf16 on a CPU."),
     ],
 )  # fmt: skip
 def test_a_combination_that_cannot_work_is_refused(words, sentence):
