@@ -23,7 +23,7 @@ from src import noise
 from src.dataset import DeviceImages
 from src.evaluation import likelihood
 from src.evaluation.nearest import measure_nearest
-from src.evaluation.report import Evaluation, conclusions, say
+from src.evaluation.report import Evaluation, conclude, say
 from src.progress import Bar, duration
 from src.runtime.build import build_validation
 from src.runtime.distributed import World
@@ -249,8 +249,7 @@ def evaluate(flags: Namespace, world: World) -> None:
         if world.is_main:
             ev.add(section, found)
     if world.is_main:
-        for title, words in conclusions(ev.report):
-            say(title, words)
+        conclude(ev.report)
         print(f"Done in {duration(time.perf_counter() - start)}: {ev.out.resolve()}")
 
 

@@ -102,7 +102,10 @@ def write_cache(cache: Path, task: Task, fingerprint: str, num_workers: int) -> 
     dataset, shape = task.dataset, task.shape
     with writing(cache, "--cache_path", f"It needs {math.prod(shape) / 1e6:,.0f} MB."):
         make_folders(cache.parent)
-        remove_abandoned(cache)
+        for part in cache.parent.glob(f".{cache.name[:100]}.part-*"):  # of killed runs; one that is alive writes all the time
+            with suppress(OSError):  # it may be another user's
+                if time.time() - part.stat().st_mtime > ABANDONED:
+                    part.unlink()
         if math.prod(shape) > shutil.disk_usage(cache.parent).free:  # said before the work
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         content, all_labels = hashlib.sha256(str(shape).encode()), []
@@ -130,9 +133,8 @@ def write_cache(cache: Path, task: Task, fingerprint: str, num_workers: int) -> 
             }
             np.save(file, labels)
             np.save(file, np.array(json.dumps(about)))
-            if open_cache(cache, fingerprint, len(task.rows) < len(dataset))[
-                0
-            ]:  # it may be mapped by then, on another machine or on Windows: leave it
+            is_made, _ = open_cache(cache, fingerprint, len(task.rows) < len(dataset))
+            if is_made:  # it may be mapped by then, on another machine or on Windows: leave it
                 raise Overtaken
 
 
@@ -165,11 +167,3 @@ def open_cache(cache: Path, fingerprint: str, skip_damaged: bool) -> tuple[Image
             raise
         except Exception:  # as many kinds as there are ways to damage a file
             return None, "the cache is damaged"
-
-
-def remove_abandoned(cache: Path) -> None:
-    """Remove what a killed run left of this file. A run that is alive writes every few seconds."""
-    for part in cache.parent.glob(f".{cache.name[:100]}.part-*"):
-        with suppress(OSError):  # it may be another user's
-            if time.time() - part.stat().st_mtime > ABANDONED:
-                part.unlink()

@@ -10,6 +10,7 @@ import threading
 import warnings
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,11 +37,8 @@ def open_image(path: str | os.PathLike) -> Image.Image:
     The checksums that a format has are verified: those of all chunks of a PNG and of deflated strips of a TIFF. Other formats
     have none: a flipped bit that still decodes is not noticed there. Raises UserError that names the file.
     """
-    with (
-        reading(path, "Was it moved or deleted since the start? Put it back or fix its permissions."),
-        open(path, "rb") as file,
-    ):
-        data = file.read()  # all at once: a disk that fails is not taken for a damaged file
+    with reading(path, "Was it moved or deleted since the start? Put it back or fix its permissions."):
+        data = Path(path).read_bytes()  # all at once: a disk that fails is not taken for a damaged file
     with decoding(path), warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large is fine; too large is an error
         image = Image.open(io.BytesIO(data))
@@ -78,20 +76,21 @@ def check_tiff(image: Image.Image, data: bytes) -> None:
                 raise OSError("a strip is truncated")
 
 
-def to_uint8(image: Image.Image | np.ndarray | torch.Tensor, size: int, channels: int = 3) -> np.ndarray:
+def to_uint8(image: Image.Image | np.ndarray | torch.Tensor, size: int | None, channels: int = 3) -> np.ndarray:
     """Upright, in sRGB, on white where transparent, cut to the exact central square, scaled: uint8
     [channels, size, size]; 3 channels are RGB, 1 is grey (ITU-R 601 luma, which leaves R = G = B as it is).
 
     image: a PIL image of any mode, a uint8 array [H, W, 3], [H, W, 1] or [H, W], or a tensor [3, H, W] or [1, H, W], uint8
-    or float in [0, 1]. Nothing is resampled if a cut is enough.
+    or float in [0, 1]. Nothing is resampled if a cut is enough.   size: None keeps the whole picture as large as it is.
     Raises UserError that names the file if a PIL image cannot be decoded, ValueError for other arrays.
     """
     if not isinstance(image, Image.Image):
         return to_uint8(from_array(image), size, channels)
     with decoding(name_of(image)):
-        drafted = image.draft(None, (2 * size, 2 * size))  # a JPEG decodes at 1/2, 1/4 or 1/8 in a fraction of the time
+        # a JPEG decodes at 1/2, 1/4 or 1/8 in a fraction of the time
+        drafted = image.draft(None, (2 * size, 2 * size)) if size else None
         rgb = flatten(image)
-        if rgb.size != (size, size):
+        if size and rgb.size != (size, size):
             width, height = drafted[1][2:] if drafted else rgb.size  # at 1/8 the last pixel may be an eighth of one
             side = min(width, height)
             left, top = (width - side) / 2, (height - side) / 2
@@ -103,33 +102,14 @@ def to_uint8(image: Image.Image | np.ndarray | torch.Tensor, size: int, channels
                 note(image, "sides of more than 2:1; the square in the middle is used, {min:.2g}% of the longest", share)
             if side < size:
                 note(image, f"fewer than {size} pixels a side, the smallest {{min}}: enlarged", side)
-        picture = upright(rgb if channels == 3 else rgb.convert("L"), image)
-        note_frames(image)
+        picture, turn = rgb if channels == 3 else rgb.convert("L"), None
+        with contextlib.suppress(Exception):  # as many kinds as there are ways to damage EXIF data; the pixels are whole
+            turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+        picture = picture if turn is None else picture.transpose(turn)
+        with contextlib.suppress(Exception):  # last, because to count the frames Pillow goes through them, also damaged ones
+            if (further := getattr(image, "n_frames", 1) - 1) > 0:
+                note(image, "further pages or frames, which are left out, {sum:,} in all", further)
         return np.ascontiguousarray(np.atleast_3d(np.asarray(picture)).transpose(2, 0, 1))
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Like `to_uint8`, in full size: mode RGB, upright, in sRGB, on white where transparent."""
-    with decoding(name_of(image)):
-        picture = upright(flatten(image), image)
-        note_frames(image)
-        return picture
-
-
-def note_frames(image: Image.Image) -> None:
-    """Call it last: to count the pages of a TIFF or the frames of an animation, Pillow goes through them."""
-    with contextlib.suppress(Exception):  # as many kinds as there are ways to damage what comes after the first frame
-        if (further := getattr(image, "n_frames", 1) - 1) > 0:
-            note(image, "further pages or frames, which are left out, {sum:,} in all", further)
-
-
-def upright(picture: Image.Image, source: Image.Image) -> Image.Image:
-    """Undo the rotation that the camera noted in the EXIF data of `source`. Damaged EXIF data count as none."""
-    try:
-        turn = TURNS.get(source.getexif().get(ORIENTATION, 1))
-    except Exception:  # as many kinds as there are ways to damage EXIF data; the pixels are whole
-        turn = None
-    return picture if turn is None else picture.transpose(turn)
 
 
 def flatten(image: Image.Image) -> Image.Image:
@@ -257,15 +237,14 @@ def from_array(image: np.ndarray | torch.Tensor) -> Image.Image:
     if isinstance(image, torch.Tensor):
         if image.is_floating_point():
             if image.min() < 0 or image.max() > 1:
+                found = f"a float tensor from {image.min():.3g} to {image.max():.3g}"
                 raise ValueError(
-                    f"the dataset yields a float tensor from {image.min():.3g} to {image.max():.3g}, "
-                    f"expected [0, 1]: leave out its normalisation, training does that"
+                    f"the dataset yields {found}, expected [0, 1]: leave out its normalisation, training does that"
                 )
             image = (image * 255).round().to(torch.uint8)
         image = image.movedim(0, -1).numpy() if image.ndim == 3 else image.numpy()
     pixels = image[..., None] if image.ndim == 2 else image
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, 3):
-        raise ValueError(
-            f"the dataset yields {image.dtype} {list(image.shape)}, expected uint8 [H, W, 3] or a tensor [3, H, W]"
-        )
+        found = f"{image.dtype} {list(image.shape)}"
+        raise ValueError(f"the dataset yields {found}, expected uint8 [H, W, 3] or a tensor [3, H, W]")
     return Image.fromarray(np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3))))

@@ -131,9 +131,7 @@ class FeatureNetwork:
                 make_folders(path.parent)
                 torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), INCEPTION_SHA256)
             if name not in {"random", *NETWORKS}:
-                torch.load(
-                    path, map_location="cpu", weights_only=True
-                )  # torch-fidelity unpickles it: see first that no code runs
+                torch.load(path, "cpu", weights_only=True)  # torch-fidelity unpickles it: see first that no code runs
                 digest, options = hashlib.sha256(path.read_bytes()).hexdigest(), {"feature_extractor_weights_path": str(path)}
             full_name = "inception-v3-compat" if digest else name
             kind = RandomConv if name == "random" else NETWORKS[full_name]
@@ -219,15 +217,13 @@ def weights_advice(name: str, path: Path) -> Iterator[None]:
         if isinstance(error, pickle.UnpicklingError):
             why = stand_in(path) or "it is no file of tensors alone"
         put = f"put it at {path}, or name it with" if name == "inception" else "name it with"
-        advice = f"Fetch {URL_INCEPTION_V3} with another machine and {put} --features"
+        fetch = f"Fetch {URL_INCEPTION_V3} with another machine and {put} --features."
         if name in NETWORKS:
-            advice = (
-                "If torch.hub names a file above, fetch it with another machine and put it there; otherwise it needs a network"
+            fetch = (
+                "If torch.hub names a file above, fetch it with another machine and put it there; otherwise it needs a network."
             )
-        raise UserError(
-            f"--features: the weights of {name} cannot be used ({why}). {advice}. --features random needs none, but its "
-            f"figures compare only with each other."
-        ) from None
+        other = "--features random needs none, but its figures compare only with each other."
+        raise UserError(f"--features: the weights of {name} cannot be used ({why}). {fetch} {other}") from None
     finally:
         socket.setdefaulttimeout(before[0])
         torch.hub.tqdm = before[1]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from src.data.damaged import Damaged, Unreadable, noted, tell
-from src.data.decode import open_image, to_rgb, to_uint8
+from src.data.decode import open_image, to_uint8
 from src.data.folder import READ, find_pictures, summary
 from src.progress import Bar
 from src.utils import UserError, atomic_file, reading, stand_in
@@ -48,7 +48,7 @@ class PictureSet:
         """The same in colour (3) or in grey (1), as src/data/decode.py makes it."""
         if channels == self.pixels.shape[1]:
             return self
-        pixels = [to_uint8(picture.transpose(1, 2, 0), picture.shape[1], channels) for picture in self.pixels[:]]
+        pixels = [to_uint8(picture.transpose(1, 2, 0), None, channels) for picture in self.pixels[:]]
         return PictureSet(self.name, np.stack(pixels))
 
     def about(self) -> dict[str, object]:
@@ -84,7 +84,7 @@ def read_folder(path: Path, flag: str, cache: Path) -> PictureSet:
     for i, entry in enumerate(Bar(files, desc="reading", unit=" picture", leave=False)):
         try:
             with noted() as notes:
-                picture = np.asarray(to_rgb(open_image(entry.path))).transpose(2, 0, 1)
+                picture = to_uint8(open_image(entry.path), None)
         except Damaged as error:
             faults.append((i, str(error), os.path.abspath(entry.path)))
             continue

@@ -162,29 +162,23 @@ def say(title: str, words: str) -> None:
     print(f"{title:<11} {words}", flush=True)
 
 
-def conclusions(report: dict[str, Any]) -> list[tuple[str, str]]:
-    """What one wants to know, a line each: (what, the figure with its meaning)."""
-    found = []
+def conclude(report: dict[str, Any]) -> None:
+    """Print what one wants to know, a line each: the figure with its meaning."""
     if loss := report.get("loss"):
-        found.append(
-            ("loss", f"{loss['held_out']:.5f} on {count(loss['pictures']['used'], 'held-out picture')}; lower is better")
-        )
+        pictures = count(loss["pictures"]["used"], "held-out picture")
+        say("loss", f"{loss['held_out']:.5f} on {pictures}; lower is better")
     if bound := report.get("bound"):
         bits = "{total:.3f} ± {standard_error:.3f}".format(**bound["bits_per_dimension"])
-        found.append(
-            ("bound", f"{bits} bits per dimension of {count(bound['pictures']['used'], 'held-out picture')}; lower is better")
-        )
+        pictures = count(bound["pictures"]["used"], "held-out picture")
+        say("bound", f"{bits} bits per dimension of {pictures}; lower is better")
     if spread := report.get("distribution"):
         pictures = f"of {count(spread['samples']['count'], 'picture')}, by {spread['network']}"
-        only = (
-            "" if spread["comparable_with_published_inception_fid"] else "; compare only with others of this network and count"
-        )
-        found.append(("FID", f"{spread['figures']['fid']:.4g} {pictures}; lower is better{only}"))
+        only = "; compare only with others of this network and count" * (not spread["comparable_with_published_inception_fid"])
+        say("FID", f"{spread['figures']['fid']:.4g} {pictures}; lower is better{only}")
     for view in ("pixels", "features"):
         if (ratio := report.get("nearest", {}).get(view, {}).get("ratio")) is not None:
             meaning = "times as far from the training pictures as held-out ones are; near 1 they are as new, near 0 copies"
-            found.append(("nearest", f"by {view}, {ratio:.2f} {meaning}"))
-    return found
+            say("nearest", f"by {view}, {ratio:.2f} {meaning}")
 
 
 def show(title: str, values: Any) -> None:
