@@ -1,6 +1,7 @@
 """Decode once: the file that keeps the pixels, when it is made again, and what the user reads when something is wrong."""
 
 import errno
+import itertools
 import json
 import os
 import re
@@ -28,13 +29,14 @@ class Numbered(Dataset):
     """A user's own: tensors that show their number, no names, no fingerprint."""
 
     def __init__(self, count=10, add=0):
-        self.count, self.add = count, add
+        self.items = [(index + add, index % 4) for index in range(count)]
 
     def __len__(self):
-        return self.count
+        return len(self.items)
 
     def __getitem__(self, index):
-        return torch.full((3, 8, 8), index + self.add, dtype=torch.uint8), index % 4
+        number, label = self.items[index]
+        return torch.full((3, 8, 8), number, dtype=torch.uint8), label
 
 
 def decode(dataset, folder, workers=0, split="train"):
@@ -151,13 +153,8 @@ def test_a_folder_s_cache_follows_its_files(tmp_path, capsys):
 def test_two_folders_two_splits_and_two_sizes_have_a_file_each(tmp_path):
     for name in ("one", "two"):
         pictures(tmp_path / name, 2)
-    files = {
-        prepare("folder", tmp_path / name, split, size, tmp_path / "cache", 0).path
-        for name in ("one", "two")
-        for split in ("train", "val")
-        for size in (8, 16)
-    }
-    assert len(files) == 8
+    kinds = itertools.product(("one", "two"), ("train", "val"), (8, 16))
+    assert len({prepare("folder", tmp_path / name, *kind, tmp_path / "cache", 0).path for name, *kind in kinds}) == 8
 
 
 def test_an_own_dataset_is_one_entry(tmp_path, monkeypatch):
@@ -182,21 +179,11 @@ def test_the_fingerprint_stays_when_the_data_are_moved_copied_and_renamed(tmp_pa
 
 
 def test_the_fingerprint_notices_another_picture_label_order_and_size(tmp_path):
-    class Other(Numbered):
-        def __getitem__(self, index):
-            image, label = super().__getitem__(index)
-            return (image if index != 7 else image + 1), label
-
-    class Relabelled(Numbered):
-        def __getitem__(self, index):
-            image, label = super().__getitem__(index)
-            return image, (label if index != 7 else 0)
-
-    class Reversed(Numbered):
-        def __getitem__(self, index):
-            return super().__getitem__(9 - index)
-
-    kinds = [Numbered(), Numbered(9), Other(), Relabelled(), Reversed()]
+    other, relabelled, turned = Numbered(), Numbered(), Numbered()
+    other.items[7] = (8, 3)
+    relabelled.items[7] = (7, 0)
+    turned.items.reverse()
+    kinds = [Numbered(), Numbered(9), other, relabelled, turned]
     found = {decode(kind, tmp_path / str(i)).fingerprint for i, kind in enumerate(kinds)}
     found.add(open_or_decode(Numbered(), "mine", "train", 16, "", tmp_path, 0).fingerprint)
     assert len(found) == 6
@@ -233,15 +220,15 @@ def test_what_was_guessed_is_said_once_for_all_pictures(tmp_path, capfd, monkeyp
 
 
 class Gone(Numbered):
+    fingerprint = "x"
+
     def __getitem__(self, index):
         return Image.open("/nowhere/at/all"), 0
 
 
 def test_a_user_s_dataset_that_cannot_read_its_files_is_no_fault_of_the_cache(tmp_path):
-    dataset = Gone()
-    dataset.fingerprint = "x"
     with pytest.raises(UserError, match=r"Image 0 of the dataset cannot be read: .*/nowhere/at/all"):
-        decode(dataset, tmp_path)
+        decode(Gone(), tmp_path)
 
 
 def test_what_a_killed_run_left_is_removed_once_it_is_old(tmp_path):
@@ -256,14 +243,13 @@ def test_what_a_killed_run_left_is_removed_once_it_is_old(tmp_path):
 def test_two_runs_that_decode_at_once_end_with_one_whole_cache(tmp_path):
     """The second finds the file of the first, which may be mapped by now, and leaves it in place."""
 
-    class Meanwhile(Numbered):
+    class Same(Numbered):
         fingerprint = "the same"
 
+    class Meanwhile(Same):
         def __getitem__(self, index):
             if index == 9:
-                plain = Numbered()
-                plain.fingerprint = "the same"
-                self.first = decode(plain, tmp_path).path.stat().st_ino
+                self.first = decode(Same(), tmp_path).path.stat().st_ino
             return super().__getitem__(index)
 
     dataset = Meanwhile()
@@ -271,16 +257,12 @@ def test_two_runs_that_decode_at_once_end_with_one_whole_cache(tmp_path):
     assert images.path.stat().st_ino == dataset.first and len(os.listdir(tmp_path)) == 1
 
 
-def test_a_cache_folder_that_cannot_be_made_names_the_setting(tmp_path):
+def test_a_file_or_folder_in_the_way_of_the_cache_is_said(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"a file stands where a folder is needed.*--cache_path"):
-        prepare("shapes", "", "val", 8, tmp_path / "file" / "cache", 0)
-
-
-def test_a_folder_under_the_name_of_the_cache_is_said(tmp_path):
     (tmp_path / "shapes-val-8.npy").mkdir()
-    with pytest.raises(UserError, match=r"Cannot read .*shapes-val-8.npy: it is a folder, and a file is needed.*--cache_path"):
-        prepare("shapes", "", "val", 8, tmp_path, 0)
+    for place, says in {"file/cache": "a file stands where a folder is", "": "8.npy: it is a folder, and a file is"}.items():
+        with pytest.raises(UserError, match=f"{says} needed.*--cache_path"):
+            prepare("shapes", "", "val", 8, tmp_path / place, 0)
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
@@ -316,9 +298,7 @@ def test_too_little_space_is_said_before_the_work(tmp_path, monkeypatch):
     usage = cache.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(UserError, match=r"No space left on device. Free some space .*--cache_path. It needs 0 MB"):
-        dataset = Gone()
-        dataset.fingerprint = "x"
-        decode(dataset, tmp_path)
+        decode(Gone(), tmp_path)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no resource limits on Windows")

@@ -185,12 +185,8 @@ def test_the_preset_is_the_papers_network_and_nothing_but_scale_more():
 
     s = resolve(config, ["--preset", "cifar10"]).settings
     model = build_model(s, 10)
-    more = sum(
-        block.scale_shift.in_features + 1
-        for block in model.modules()
-        if isinstance(block, ResBlock)
-        for _ in range(block.conv_2.out_channels)
-    )
+    blocks = [block for block in model.modules() if isinstance(block, ResBlock)]
+    more = sum((block.scale_shift.in_features + 1) * block.conv_2.out_channels for block in blocks)
     assert parameter_count(model) == 38_307_203 and parameter_count(model) - more == 35_746_307
     assert s.EPOCHS * (50_000 // s.BATCH_SIZE) - 800_000 in range(50_000 // s.BATCH_SIZE)
 

@@ -90,13 +90,8 @@ def test_what_is_left_out_of_whole_pictures_is_counted(tmp_path, capsys):
     frames = [Image.new("L", (16, 16), 9 * i) for i in range(4)]
     for split in ("train", "val"):
         (tmp_path / "data" / split).mkdir(parents=True)
-        for name, options in {
-            "a.gif": {},
-            "b.webp": {},
-            "c.tif": {},
-            "d.tif": {"compression": "tiff_lzw"},
-            "e.png": {},
-        }.items():
+        for name in ("a.gif", "b.webp", "c.tif", "d.tif", "e.png"):
+            options = {"compression": "tiff_lzw"} if name == "d.tif" else {}
             frames[0].save(tmp_path / "data" / split / name, save_all=True, append_images=frames[1:], **options)
         for i, size in enumerate([(16, 16), (32, 16), (33, 16), (16, 160), (6, 7)]):
             Image.new("L", size).save(tmp_path / "data" / split / f"{i}.png")

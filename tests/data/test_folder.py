@@ -74,11 +74,8 @@ def test_the_class_of_pictures_without_sub_folder_survives_a_renaming(tmp_path):
 
 @pytest.mark.parametrize("val_name", ["val", "Validation", "valid"])
 def test_a_tree_that_is_split_already_keeps_its_splits(tmp_path, val_name, capsys):
-    pictures = {"train": 20, val_name: 3, "test": 2}
-    make(
-        tmp_path,
-        *[f"{side}/{kind}/{i}.png" for side, count in pictures.items() for kind in ("cat", "dog") for i in range(count)],
-    )
+    for side, count in {"train": 20, val_name: 3, "test": 2}.items():
+        make(tmp_path, *[f"{side}/{kind}/{i}.png" for kind in ("cat", "dog") for i in range(count)])
     train, val = ImageFolder(tmp_path, "train"), ImageFolder(tmp_path, "val")
     assert train.classes == val.classes == ["cat", "dog"] and (len(train), len(val)) == (40, 6)
     assert all(f"/{val_name}/" in Path(file).as_posix() for file in val.files)
@@ -128,15 +125,9 @@ def test_what_is_passed_over_is_counted_and_named_once(tmp_path, capsys):
     os.mkfifo(tmp_path / "pipe.png")
     assert found(tmp_path) == sorted(kept)
     assert passed_over(tmp_path, capsys) == {
-        "3 hidden (._A.JPG, ...)",
-        "2 .heic (IMG_1.HEIC, ...)",
-        "2 dangling (gone.png, ...)",
-        "1 .cr2 (x.CR2)",
-        "1 .db (Thumbs.db)",
-        "1 .png (pipe.png)",
-        "1 without a suffix (jpg)",
-        "1 read already by another link (sub/up)",
-    }
+        "3 hidden (._A.JPG, ...)", "2 .heic (IMG_1.HEIC, ...)", "2 dangling (gone.png, ...)", "1 .cr2 (x.CR2)",
+        "1 .db (Thumbs.db)", "1 .png (pipe.png)", "1 without a suffix (jpg)", "1 read already by another link (sub/up)",
+    }  # fmt: skip
 
 
 @no_links
@@ -152,13 +143,8 @@ def test_links_to_pictures_and_folders_elsewhere_are_followed_once(tmp_path, cap
 
 def test_pictures_that_this_program_made_are_passed_over(tmp_path, capsys):
     mine = [f"cats/{i}.png" for i in range(3)] + ["samples/own.png", "cats/settings.json", "cats/labels.csv"]
-    train = [
-        "outputs/samples/epoch_005.png",
-        "outputs/demo/samples/epoch_100.png",
-        "checkpoints/latest.pth",
-        "logs/events.out.tfevents.1",
-    ]
-    sample = ["outputs/pictures/001/images/000000.png", "outputs/pictures/001/grid.png", "outputs/pictures/001/settings.json"]
+    train = ["outputs/samples/epoch_005.png", "outputs/demo/samples/epoch_100.png", "checkpoints/latest.pth"]
+    sample = [f"outputs/pictures/001/{name}" for name in ("images/000000.png", "grid.png", "settings.json")]
     older = ["old/000000.png", "old/grid.png", "old/labels.csv", "walk/interpolation_000.png", "walk/interpolation.png"]
     evaluate = ["reports/best-20261125-101010-nearest-pixels.png", "reports/best-20261125-101010.json"]
     make(tmp_path, *mine, *train, *sample, *older, *evaluate)
@@ -184,39 +170,30 @@ def test_training_twice_with_everything_in_one_folder_trains_on_the_same_picture
 # --- faults -----------------------------------------------------------------------------------------
 def test_a_folder_without_pictures_says_what_is_there(tmp_path):
     make(tmp_path / "some", "1.txt", "2.txt", "3.csv", "deep/IMG.HEIC")
-    with pytest.raises(
-        UserError,
-        match=r"holds 0 pictures, at least 2 .* besides: 2 .txt \(1.txt, ...\), 1 .csv \(3.csv\), 1 .heic \(deep/IMG.HEIC\)\.",
-    ):
-        ImageFolder(tmp_path / "some", "train")
-    with pytest.raises(UserError, match=r"holds 1 picture, at least 2 are needed. Pictures that are read end in .jpg"):
-        ImageFolder(make(tmp_path / "one", "1.png"), "val")
-    with pytest.raises(UserError, match=r"Cannot read .*nowhere: No such file or directory. Name the folder .* --data_path"):
-        ImageFolder(tmp_path / "nowhere", "train")
-    with pytest.raises(UserError, match=r"Cannot read .*1.txt: a file stands where a folder is needed. Name the folder"):
-        ImageFolder(tmp_path / "some" / "1.txt", "train")
+    make(tmp_path / "one", "1.png")
+    for name, says in {
+        "some": r"holds 0 pictures, .* besides: 2 .txt \(1.txt, ...\), 1 .csv \(3.csv\), 1 .heic \(deep/IMG.HEIC\)\.",
+        "one": r"holds 1 picture, at least 2 are needed. Pictures that are read end in .jpg",
+        "nowhere": r"Cannot read .*nowhere: No such file or directory. Name the folder .* --data_path",
+        "some/1.txt": r"Cannot read .*1.txt: a file stands where a folder is needed. Name the folder",
+    }.items():
+        with pytest.raises(UserError, match=says):
+            ImageFolder(tmp_path / name, "train")
 
 
-def test_a_folder_that_cannot_be_read_is_an_error_that_names_it(commons):
-    make(commons.path, "a/1.png", "a/2.png", "b/deep/3.png")
-    (commons.path / "b" / "deep").chmod(0)
-    with commons.as_user(), pytest.raises(UserError, match=r"Cannot read .*b/deep: Permission denied. .* move it elsewhere"):
-        ImageFolder(commons.path, "train")
-    (commons.path / "b").chmod(0o400)  # its names can be read, and nothing else
-    with commons.as_user(), pytest.raises(UserError, match=r"Cannot read .*b(/deep)?: Permission denied"):
-        ImageFolder(commons.path, "train")
-    commons.path.chmod(0)
-    with commons.as_user(), pytest.raises(UserError, match=r"Cannot read .*: Permission denied. Name the folder"):
-        ImageFolder(commons.path, "train")
-    commons.path.chmod(0o777)
-
-
-def test_a_link_into_a_folder_that_cannot_be_read_is_an_error(commons):
-    make(commons.path, "secret/1.png", "a/1.png", "a/2.png")
-    (commons.path / "a" / "3.png").symlink_to(commons.path / "secret" / "1.png")
-    (commons.path / "secret").chmod(0)
-    with commons.as_user(), pytest.raises(UserError, match=r"Cannot read .*a/3.png: Permission denied"):
-        ImageFolder(commons.path / "a", "train")
+@pytest.mark.parametrize("name, mode, says", [
+    ("data/b/deep", 0, "b/deep: Permission denied. .* move it elsewhere"),
+    ("data/b", 0o400, "b(/deep)?: Permission denied"),  # its names can be read, and nothing else
+    ("data", 0, ": Permission denied. Name the folder"),
+    ("secret", 0, "a/4.png: Permission denied"),  # a link leads into it
+])  # fmt: skip
+def test_a_folder_that_cannot_be_read_is_an_error_that_names_it(commons, name, mode, says):
+    make(commons.path, "data/a/1.png", "data/a/2.png", "data/b/deep/3.png", "secret/4.png")
+    (commons.path / "data" / "a" / "4.png").symlink_to(commons.path / "secret" / "4.png")
+    (commons.path / name).chmod(mode)
+    with commons.as_user(), pytest.raises(UserError, match=f"Cannot read .*{says}"):
+        ImageFolder(commons.path / "data", "train")
+    (commons.path / name).chmod(0o777)  # so that it can be removed
 
 
 def test_all_pictures_that_cannot_be_read_are_named(commons):
@@ -274,15 +251,14 @@ def test_train_py_copes_with_odd_pictures_and_names_one_that_is_none(run, tmp_pa
     folder = odd_pictures(tmp_path / "pictures")
     settings = dict(DATA_PATH=folder, CACHE_PATH=tmp_path / "cache", VAL_IMAGES=1, EPOCHS=1, SAMPLE_EVERY=1)
     assert "19 images of 1 class at 8x8" in run.to("odd").train(**settings).out
+    none = "is not a picture of a kind that can be read, or is damaged at its start"
     for name, content, says in [
-        ("no picture.jpg", b"hello", "is not a picture of a kind that can be read, or is damaged at its start"),
-        ("empty.png", b"", "is not a picture of a kind that can be read, or is damaged at its start"),
-        ("half.jpg", (folder / "huge.jpg").read_bytes()[:20_000], "cannot be decoded (image file is truncated"),
+        ("no picture.jpg", b"hello", none),
+        ("empty.png", b"", none),
+        ("half.jpg", (folder / "huge.jpg").read_bytes()[:20_000], r"cannot be decoded \(image file is truncated"),
     ]:
         (folder / name).write_bytes(content)
         refused = run.to("refused").train(**settings, code=1)
-        assert re.fullmatch(
-            f"train.py: .*{re.escape(name)} {re.escape(says)}.*'sh .*' renames .*--skip_damaged.*\n", refused.err
-        )
+        assert re.fullmatch(f"train.py: .*{re.escape(name)} {says}.*'sh .*' renames .*--skip_damaged.*\n", refused.err)
         (folder / name).unlink()
     run.to("refused").train(**settings)

@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -111,9 +112,7 @@ def test_a_val_that_was_sorted_into_class_folders_reads_the_same(tiny, deeper):
 def test_a_sorting_that_was_interrupted_reads_the_same(tiny, count):
     sort_val(tiny, count)
     assert labels(tiny) == VAL
-    (tiny / "val" / "images" / "val_0.JPEG").write_bytes(
-        (tiny / "val" / "n02" / "val_0.JPEG").read_bytes()
-    )  # copied, not moved
+    shutil.copy(tiny / "val" / "n02" / "val_0.JPEG", tiny / "val" / "images")  # copied, not moved
     assert labels(tiny) == VAL
 
 
@@ -152,7 +151,7 @@ def test_a_picture_that_was_renamed_as_damaged_is_not_missing(tiny):
 
 
 def test_pictures_without_a_label_are_passed_over_and_said(tiny, capsys):
-    (tiny / "val" / "images" / "val_99.JPEG").write_bytes((tiny / "val" / "images" / "val_1.JPEG").read_bytes())
+    shutil.copy(tiny / "val" / "images" / "val_1.JPEG", tiny / "val" / "images" / "val_99.JPEG")
     assert labels(tiny) == VAL
     assert "1 without a label (val_99.JPEG)" in capsys.readouterr().out
 
@@ -236,13 +235,8 @@ def test_what_cannot_be_read_is_told_as_that(tiny, commons):
         TinyImageNet(tiny, "train")
     (tiny / "words.txt").rmdir()
     os.rename(tiny, commons.path / "tiny")
-    for victim, split in (
-        ("wnids.txt", "train"),
-        ("train/n01/images", "train"),
-        ("val/images", "val"),
-        ("val", "val"),
-        ("", "val"),
-    ):
+    victims = {"wnids.txt": "train", "train/n01/images": "train", "val/images": "val", "val": "val", "": "val"}
+    for victim, split in victims.items():
         path = commons.path / "tiny" / victim
         mode = path.stat().st_mode
         path.chmod(0)
