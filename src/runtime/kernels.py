@@ -67,19 +67,25 @@ class _QuickNorm(torch.autograd.Function):
         if torch.is_grad_enabled():  # mean and rstd are constants here, so a second derivative would be wrong
             raise RuntimeError("This GroupNorm has no second derivative (create_graph=True). Use the network without speed_up.")
         x, weight, mean, rstd = ctx.saved_tensors
-        size = x.shape[2:]
+        high, size, weight = torch.promote_types(x.dtype, torch.float32), x.shape[2:], weight.view(mean.shape[1], -1)
+        mean, rstd = (a.to(high)[:, :, None] for a in (mean, rstd))  # a compiler thinks that they are in x.dtype
         dy, x = (a.permute(0, 2, 3, 1).flatten(1, 2) for a in (grads[0], x))  # [B, S^2, C], views of channels_last
-        by_group = (*mean.shape, -1)  # [B, groups, C / groups]
-        weight, mean, rstd = weight.view(mean.shape[1], -1), mean[:, :, None], rstd[:, :, None]
-        sum_dy = dy.sum(1).float().view(by_group)
-        sum_dy_n = ((dy * x).sum(1).float().view(by_group) - mean * sum_dy) * rstd
-        mean_g, mean_g_n = ((weight * s).mean(2, keepdim=True) / size.numel() for s in (sum_dy, sum_dy_n))
 
         def row(a: Tensor) -> Tensor:
-            return a.expand_as(sum_dy).flatten(1)[:, None].to(x.dtype)  # [B, 1, C]
+            return a.expand(-1, -1, weight.shape[1]).flatten(1)[:, None].to(x.dtype)  # [B, 1, C]
 
-        dx = torch.addcmul(row(rstd * (mean * rstd * mean_g_n - mean_g)), x, row(-rstd * rstd * mean_g_n))
-        dx = torch.addcmul(dx, dy, row(rstd * weight)).unflatten(1, size).permute(0, 3, 1, 2)
+        def per_channel(a: Tensor) -> Tensor:
+            return a.sum(1).to(high).unflatten(1, weight.shape)  # [B, groups, C / groups]
+
+        # n = (near - rest) rstd. Before any product is rounded to bf16: where |mean| is many deviations, x - mean cancels.
+        near, rest = x - row(mean), mean - mean.to(x.dtype).to(high)
+        sum_dy = per_channel(dy)
+        sum_dy_n = (per_channel(dy * near) - rest * sum_dy) * rstd
+        mean_g, mean_g_n = ((weight * s).mean(2, keepdim=True) / size.numel() for s in (sum_dy, sum_dy_n))
+        dx = row(rstd * (rest * rstd * mean_g_n - mean_g))  # what is the same for all pixels: rstd (rest rstd E[g n] - E[g])
+        dx = torch.addcmul(dx, near, row(-rstd * rstd * mean_g_n))  # - rstd (near rstd) E[g n]
+        dx = torch.addcmul(dx, dy, row(rstd * weight))  # rstd g
+        dx = dx.unflatten(1, size).permute(0, 3, 1, 2)
         return dx, sum_dy_n.sum(0).flatten(), sum_dy.sum(0).flatten(), None, None
 
 

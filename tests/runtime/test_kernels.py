@@ -128,7 +128,7 @@ def test_in_bf16_nothing_large_is_kept_in_float32_but_what_the_last_convolution_
 
 @pytest.mark.parametrize("quick", [LowPrecisionNorm, QuickNorm])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("offset", [0.0, 3.0])
+@pytest.mark.parametrize("offset", [0.0, 3.0, 30.0])
 def test_a_norm_is_as_near_to_float64_as_the_plain_one_and_stays_in_its_precision(quick, layout, offset):
     norm = nn.GroupNorm(4, 16)
     nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
@@ -140,7 +140,7 @@ def test_a_norm_is_as_near_to_float64_as_the_plain_one_and_stays_in_its_precisio
     assert ours[0].dtype == ours[1].dtype == torch.bfloat16 and ours[0].is_contiguous(memory_format=layout)
     errors, errors_of_half = relative_errors(ours, exact), relative_errors(half, exact)
     assert all(a < 1.1 * b + 1e-4 for a, b in zip(errors[:2], errors_of_half)), "the output and the gradient of x"
-    assert max(errors[2:]) < 0.01 * (1 + offset), "the gradients of weight and bias"
+    assert all(a < 2 * b + 1e-3 for a, b in zip(errors[2:], errors_of_half[2:])), "the gradients of weight and bias"
 
 
 def test_the_derivative_written_out_is_that_of_the_norm():
