@@ -146,24 +146,24 @@ class Judge:
 
     def __init__(self, train: Images, folder: Path, steps: int = STEPS):
         self.model = trained_classifier(train, folder, steps)
-        self.features, _ = self.look(train)
-        self.spread = spread_within(self.features, train.labels[: len(self.features)])
+        self.features, _, labels = self.look(train)
+        self.spread = spread_within(self.features, labels)
 
     @torch.no_grad()
-    def look(self, images: Images) -> tuple[Tensor, Tensor]:
-        """Features [N, 128] and logits, of at most VIEW pictures spread over the set."""
+    def look(self, images: Images) -> tuple[Tensor, Tensor, Tensor]:
+        """Features [N, 128], logits and labels of at most VIEW pictures, spread over the set."""
         rows = torch.linspace(0, len(images) - 1, min(VIEW, len(images))).round().long()
         seen = torch.cat([self.model[:-1](batch_of(images, part)[0]) for part in rows.split(100)])
-        return seen, self.model[-1](seen)
+        return seen, self.model[-1](seen), images.labels[rows]
 
     def __call__(self, images: Images, has_labels: bool = True) -> dict[str, Any]:
         """has_labels: false for pictures of a network without classes, which have a distance alone."""
-        features, logits = self.look(images)
+        features, logits, labels = self.look(images)
         both = [fid_features_to_statistics(x) for x in (features, self.features)]
         found: dict[str, Any] = {"pictures": len(features)}
         if has_labels:
-            found |= {"in_their_class": (logits.argmax(1) == images.labels).float().mean().item()}
-            found |= {"variety": spread_within(features, images.labels) / self.spread}
+            found |= {"in_their_class": (logits.argmax(1) == labels).float().mean().item()}
+            found |= {"variety": spread_within(features, labels) / self.spread}
         return found | {"frechet": fid_statistics_to_metric(*both, verbose=False)["frechet_inception_distance"]}
 
 

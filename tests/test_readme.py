@@ -149,10 +149,22 @@ def test_each_flag_of_sample_has_an_example():
     assert flags <= shown, f"no example shows {sorted(flags - shown)}"
 
 
-def test_files_named_are_there():
-    named = set(re.findall(r"\]\((?!http|#)([^)#]+)", README)) | set(re.findall(r"`((?:src/)?\w+\.py)`", README))
-    here = [name for name in named if (ROOT / name).exists() or (ROOT / "src" / name).exists()]
-    assert sorted(named) == sorted(here)
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings of a page as links name them."""
+    headings = re.findall(r"(?m)^#+ (.+)$", re.sub(r"(?s)```.*?```", "", page.read_text(encoding="utf-8")))
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings_that_are_there(page):
+    text = re.sub(r"(?s)```.*?```", "", page.read_text(encoding="utf-8"))
+    for path, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)", text):
+        target = page.parent / path if path else page
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
 
 
 def test_the_page_is_short():
