@@ -46,7 +46,8 @@ from src.runtime.distributed import World
 from src.runtime.flags import command_line
 from src.runtime.folders import FolderLock, claim
 from src.runtime.judge import Judge
-from src.runtime.monitor import Meter, Monitor, print_plan, print_summary, work_of
+from src.runtime.monitor import Meter, Monitor, work_of
+from src.runtime.plan import print_plan, print_summary
 from src.runtime.resume import check_data, check_length, check_resume
 from src.runtime.settings import Run, Settings, resolve
 from src.runtime.signals import StopRequest, run_script
@@ -79,7 +80,7 @@ def train(run: Run, world: World, stop: StopRequest) -> None:
     check_length(saved, s, progress.last_step, run.accept_changes)
     parts = {"model": model, "ema": ema.model, "optimizer": optimizer, "scaler": scaler, "meter": meter}
     checkpoints = Checkpoints(s, world, data, progress, parts, saved)
-    print_plan(run, config, world, describe(device), dtype, model, batches, val_batches, progress.step)
+    print_plan(run, config, describe(device), dtype, model, batches, val_batches, progress.step)
     parallel = world.parallel(InPrecision(model, device, dtype), device)
     network = compiled(parallel) if compiles else parallel
     networks = {"ema": InPrecision(ema.model, device, dtype), "raw": InPrecision(model, device, dtype)}

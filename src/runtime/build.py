@@ -20,17 +20,8 @@ from src.runtime.settings import Settings, as_flags, differences
 from src.utils import UserError
 
 # What --init_from takes from its checkpoint where it was not typed: the shape of the network and what it learned to predict.
-NETWORK = [
-    "UNET_DIM",
-    "DIM_MULTS",
-    "NUM_RES_BLOCKS",
-    "ATTENTION_RESOLUTIONS",
-    "IMAGE_SIZE",
-    "CHANNELS",
-    "TIME_STEPS",
-    "BETA_SCHEDULE",
-    "PREDICTION",
-]
+NETWORK = {"UNET_DIM", "DIM_MULTS", "NUM_RES_BLOCKS", "ATTENTION_RESOLUTIONS", "IMAGE_SIZE", "CHANNELS"}
+NETWORK |= {"TIME_STEPS", "BETA_SCHEDULE", "PREDICTION"}
 
 
 def network_of(folder: Path, init_from: str) -> dict[str, Any]:

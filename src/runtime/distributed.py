@@ -95,10 +95,9 @@ class World:
 
     def max(self, *values: int) -> list[int]:
         """The largest value of any process, one by one."""
-        if self.size == 1:
-            return list(values)
         largest = torch.tensor(values)
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        if self.size > 1:
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
         return largest.tolist()
 
     def check_same(self, number: int, what: str) -> None:

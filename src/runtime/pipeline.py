@@ -31,23 +31,19 @@ GIF_FRAMES, GIF_IMAGES = 50, 16  # the most that denoising.gif shows
 def add_drawing_flags(group: Any) -> None:
     """The flags that say how a checkpoint draws; `check_drawing_flags` says which go together."""
     flags: list[tuple[str, Kind, Any, str]] = [
-        ("--sampler", choice(*SAMPLERS), "dpm++", f"{', '.join(SAMPLERS)} (default: dpm++)"),
-        ("--steps", whole(1, 100_000), None, "network calls per picture (default: all for ddpm, 50 for ddim, 20 for dpm++)"),
-        ("--spacing", choice(*SPACINGS), "logsnr", "which steps: even in the log-SNR, or in t (default: logsnr)"),
-        ("--eta", number(0, 1), 0.0, "randomness of ddim, 0 none, 1 as much as ddpm (default: 0)"),
-        ("--weights", choice("ema", "raw"), "ema", "the running average of the weights, or the raw ones (default: ema)"),
-        ("--batch_size", whole(1, 100_000), 64, "pictures drawn at a time; changes none of them (default: 64)"),
-        ("--device", KINDS["DEVICE"], "auto", "auto, cuda, mps, cpu (default: auto)"),
-        ("--precision", KINDS["PRECISION"], "auto", "auto, fp32, bf16, fp16 (default: auto)"),
-        (
-            "--compile",
-            KINDS["COMPILE"],
-            "auto",
-            "torch.compile: auto (on CUDA, from 2,000 calls on), true, false (default: auto)",
-        ),
+        ("--sampler", choice(*SAMPLERS), "dpm++", ", ".join(SAMPLERS)),
+        ("--steps", whole(1, 100_000), None, "network calls per picture"),
+        ("--spacing", choice(*SPACINGS), "logsnr", "which steps: even in the log-SNR, or in t"),
+        ("--eta", number(0, 1), 0.0, "randomness of ddim, 0 none, 1 as much as ddpm"),
+        ("--weights", choice("ema", "raw"), "ema", "the running average of the weights, or the raw ones"),
+        ("--batch_size", whole(1, 100_000), 64, "pictures drawn at a time; changes none of them"),
+        ("--device", KINDS["DEVICE"], "auto", "auto, cuda, mps, cpu"),
+        ("--precision", KINDS["PRECISION"], "auto", "auto, fp32, bf16, fp16"),
+        ("--compile", KINDS["COMPILE"], "auto", "torch.compile: auto (on CUDA, from 2,000 calls on), true, false"),
     ]
     for flag, kind, default, comment in flags:
-        group.add_argument(flag, **kind, default=default, help=comment)
+        told = "all for ddpm, 50 for ddim, 20 for dpm++" if default is None else default
+        group.add_argument(flag, **kind, default=default, help=f"{comment} (default: {told})")
 
 
 def check_drawing_flags(flags: Namespace) -> None:
@@ -195,9 +191,8 @@ class Pipeline:
         """One batch from noise(0), [B, C, S, S], as uint8."""
         path, denoiser = self.diffusion.path(self.steps, self.spacing), self.diffusion.denoiser(network, y, self.guidance)
         every = -(-self.steps // GIF_FRAMES)
-        for k, (x, x_0) in enumerate(
-            self.diffusion.trajectory(self.sampler, noise(0), path, denoiser, noise, self.eta), start=1
-        ):
+        states = self.diffusion.trajectory(self.sampler, noise(0), path, denoiser, noise, self.eta)
+        for k, (x, x_0) in enumerate(states, start=1):
             if frames is not None and (k % every == 0 or k == self.steps):
                 frames.append([to_uint8(images[:GIF_IMAGES]) for images in (x, x_0)])
             bar.update()

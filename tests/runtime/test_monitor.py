@@ -8,7 +8,8 @@ from torch import nn
 
 import config
 from src.runtime.flags import print_idle
-from src.runtime.monitor import Meter, idle_flags, warnings_of
+from src.runtime.monitor import Meter
+from src.runtime.plan import idle_flags, warnings_of
 from src.runtime.settings import resolve
 from src.utils import UserError
 from train import stop_if_not_finite
