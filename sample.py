@@ -182,10 +182,7 @@ def draw(pipeline: Pipeline, flags: Namespace, out: Path, series: Series | Walk)
 
     frames: list[list[Tensor]] | None = [] if is_wanted else None
     steps = len(pipeline.world.shard(range(0, len(missing), flags.batch_size))) * pipeline.steps
-    with (
-        ThreadPoolExecutor(4) as pool,
-        Bar(total=steps, unit="step", disable=not pipeline.world.is_main) as bar,
-    ):
+    with ThreadPoolExecutor(4) as pool, Bar(total=steps, unit="step", disable=not pipeline.world.is_main) as bar:
         saving: Iterable = ()
         for batch, drawn in pipeline.series(missing, flags.batch_size, bar, series.start, frames):
             list(saving)  # the last batch is on the disk, or its error is raised here

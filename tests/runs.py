@@ -22,28 +22,11 @@ ROOT = Path(__file__).parent.parent
 
 # A run of 3 epochs of 10 steps that takes half a second.
 TINY = {
-    "DATASET": "folder",
-    "IMAGE_SIZE": 8,
-    "NUM_WORKERS": 0,
-    "UNET_DIM": 8,
-    "DIM_MULTS": (1,),
-    "NUM_RES_BLOCKS": 1,
-    "ATTENTION_RESOLUTIONS": (),
-    "TIME_STEPS": 50,
-    "BATCH_SIZE": 8,
-    "LEARNING_RATE": 1e-3,
-    "WARMUP_STEPS": 5,
-    "EMA_DECAY": 0.9,
-    "EPOCHS": 3,
-    "PRECISION": "fp32",
-    "DEVICE": "cpu",
-    "VAL_IMAGES": 4,
-    "NUM_SAMPLES": 4,
-    "PREVIEW_STEPS": 3,
-    "SAVE_EVERY": 2,
-    "SAMPLE_EVERY": 2,
-    "LOG_EVERY": 3,
-}
+    "DATASET": "folder", "IMAGE_SIZE": 8, "NUM_WORKERS": 0, "DEVICE": "cpu", "PRECISION": "fp32",
+    "UNET_DIM": 8, "DIM_MULTS": (1,), "NUM_RES_BLOCKS": 1, "ATTENTION_RESOLUTIONS": (), "TIME_STEPS": 50,
+    "BATCH_SIZE": 8, "LEARNING_RATE": 1e-3, "WARMUP_STEPS": 5, "EMA_DECAY": 0.9, "EPOCHS": 3,
+    "VAL_IMAGES": 4, "NUM_SAMPLES": 4, "PREVIEW_STEPS": 3, "SAVE_EVERY": 2, "SAMPLE_EVERY": 2, "LOG_EVERY": 3,
+}  # fmt: skip
 
 
 class Zygote:
@@ -51,10 +34,8 @@ class Zygote:
 
     def __init__(self) -> None:
         command = [sys.executable, "-m", "tests.zygote"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
 
     def ask(self, **request: Any) -> Any:
         print(json.dumps(request), file=self.process.stdin, flush=True)
@@ -145,11 +126,8 @@ class Runner:
 
     def files(self, pattern: str) -> dict[str, bytes]:
         """{name: bytes} of the files of that pattern, in any folder below."""
-        return {
-            str(path.relative_to(self.folder)): path.read_bytes()
-            for path in sorted(self.folder.rglob(pattern))
-            if path.is_file()
-        }
+        paths = sorted(filter(Path.is_file, self.folder.rglob(pattern)))
+        return {str(path.relative_to(self.folder)): path.read_bytes() for path in paths}
 
     def events(self, folder: str = "logs/tensorboard") -> EventAccumulator:
         """What TensorBoard shows."""
@@ -165,9 +143,8 @@ class Runner:
     def grids(self) -> dict[str, list[tuple[int, bytes]]]:
         """{tag: [(step, PNG), ...]} of TensorBoard's pictures."""
         events = self.events()
-        return {
-            tag: [(event.step, event.encoded_image_string) for event in events.Images(tag)] for tag in events.Tags()["images"]
-        }
+        tags = events.Tags()["images"]
+        return {tag: [(event.step, event.encoded_image_string) for event in events.Images(tag)] for tag in tags}
 
 
 def make_pictures(folder: Path) -> Path:

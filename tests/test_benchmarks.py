@@ -1,6 +1,5 @@
 """The benchmarks run, record consistent figures, and measure the step that train.py takes."""
 
-import contextlib
 import json
 import shlex
 import sys
@@ -15,7 +14,7 @@ import config
 from benchmarks import common, gpu, gpu_train, pack, profile_step, sample, train_step
 from src import model as plain
 from src.data.tiny_imagenet import TinyImageNet
-from src.model import UNet, parameter_count
+from src.model import parameter_count
 from src.runtime import kernels
 from src.runtime.build import build_model, open_images
 from src.runtime.settings import resolve
@@ -58,8 +57,6 @@ def test_flops_are_two_per_multiplication():
 
 
 def test_the_default_network_takes_60_6_gflop_an_image():
-    with torch.device("meta"):
-        assert parameter_count(UNet()) == pytest.approx(92.0e6, rel=0.001)
     assert common.forward_gflop(build_model(resolve(config, []).settings, 200), 64) == pytest.approx(60.6, rel=0.001)
 
 
@@ -97,9 +94,8 @@ def test_train_step_keeps_consistent_figures(bench):
     assert [line.split(" | ")[1] for line in said.out.splitlines() if line.startswith("| ")] == ["name", *names, *names]
 
 
-SWAPPED = {"plain", "four-product", "lean", *(name for name in train_step.VARIANTS if name.startswith("no-"))} - {
-    "no-mix-order"
-}
+SWAPPED = {name for name in train_step.VARIANTS if name.startswith("no-")} - {"no-mix-order"}
+SWAPPED |= {"plain", "four-product", "lean"}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -108,10 +104,9 @@ def test_a_variant_changes_the_time_and_not_the_weights(precision, monkeypatch):
     s = resolve(config, shlex.split(f"{common.TINY} --device cpu --precision {precision} --learning_rate 1e-3")).settings
     images, weights = common.random_images(40, s.IMAGE_SIZE), {}
     for name in train_step.VARIANTS:
-        step = None
-        with contextlib.suppress(AssertionError):
+        try:
             step = train_step.Step(s, torch.device("cpu"), images, name)
-        if step is None:
+        except AssertionError:
             assert precision == "fp32" and name in ("no-LowPrecisionNorm", "no-QuickNorm", "no-FormulaAttention")
             continue
         start = torch.cat([parameter.detach().flatten() for parameter in step.model.parameters()])
@@ -173,23 +168,17 @@ def test_profile_accounts_for_the_whole_step(bench):
     assert kinds["convolutions"] > 0.05 and kinds["optimizer, EMA, clipping"] > 0
 
 
-SLEEP = "import time; time.sleep(60)"
-
-
 def test_gpu_keeps_what_each_row_printed_and_goes_on_with_the_first_that_is_not_done(bench, monkeypatch, tmp_path):
     def rows(*calls):
         return [(name, seconds, f"-c {shlex.quote(call)} -m benchmarks") for name, seconds, call in calls]
 
-    first = [
-        ("quick", 60, "print(1)"),
-        ("wrong", 60, "raise SystemExit('no such thing')"),
-        ("endless", 1, f"print(2); {SLEEP}"),
-    ]
+    wrong, sleep = "raise SystemExit('no such thing')", "import time; time.sleep(60)"
+    first = [("quick", 60, "print(1)"), ("wrong", 60, wrong), ("endless", 1, f"print(2); {sleep}")]
     monkeypatch.setitem(gpu.TINY, "-c", "")
     monkeypatch.setattr(gpu, "LEAST", 1)
     monkeypatch.setattr(gpu, "ROWS", rows(*first))
     bench(gpu)
-    monkeypatch.setattr(gpu, "ROWS", rows(*first, ("last", 60, f"print(3); {SLEEP}"), ("never", 60, "print(5)")))
+    monkeypatch.setattr(gpu, "ROWS", rows(*first, ("last", 60, f"print(3); {sleep}"), ("never", 60, "print(5)")))
     _, said = bench(gpu, "--minutes 0.04")
     assert "The same command goes on with 'never'" in said.out
     monkeypatch.setattr(gpu, "ROWS", rows(*first, ("last", 60, "print(4)"), ("never", 60, "print(5)")))

@@ -61,19 +61,22 @@ def test_labels_are_hidden_as_often_as_label_dropout_says():
     assert (y == -1).float().mean().item() == pytest.approx(0.3, abs=0.03)
 
 
-def validation(**options) -> list[torch.Tensor]:
-    """x_0, t, eps, y of all validation batches."""
-    options = dict(count=20, draws=500, batch_size=7, has_labels=True) | options
-    return [torch.cat(parts) for parts in zip(*ValidationBatches(numbered(), **options))]
+def validation(**changes) -> ValidationBatches:
+    return ValidationBatches(numbered(), **dict(count=20, draws=500, batch_size=7, has_labels=True) | changes)
+
+
+def joined(batches: ValidationBatches) -> list[torch.Tensor]:
+    """x_0, t, eps, y of all batches."""
+    return [torch.cat(parts) for parts in zip(*batches)]
 
 
 def test_validation_batches_do_not_depend_on_the_batch_size():
-    assert same(validation(batch_size=4), validation(batch_size=7))
+    assert same(joined(validation(batch_size=4)), joined(validation(batch_size=7)))
 
 
 @pytest.mark.parametrize("count, draws", [(20, 500), (25, 500), (2000, 2000), (7, 504)])
 def test_few_validation_images_are_drawn_at_many_steps_each_and_all_steps_evenly(count, draws):
-    _, t, eps, y = validation(count=count, draws=draws - 3)
+    _, t, eps, y = joined(validation(count=count, draws=draws - 3))
     n = min(count, 25)
     rounds = draws // n
     assert len(t) == draws and len(y.unique()) == n
@@ -91,16 +94,13 @@ def test_processes_share_a_batch_and_together_draw_what_one_draws(world_size):
     for step in range(4):
         for complete, *split in zip(whole(step, 1), *(part(step, 1) for part in parts)):
             assert torch.equal(torch.cat(split), complete)
-    options = dict(count=20, draws=500, batch_size=3, has_labels=True)
-    every = [batch.y.tolist() for batch in ValidationBatches(numbered(), **options)]
-    shards = [ValidationBatches(numbered(), **options, rank=rank, world_size=world_size) for rank in range(world_size)]
-    assert sorted(batch.y.tolist() for shard in shards for batch in shard) == sorted(every)
+    shards = [validation(rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert sorted(batch.y.tolist() for shard in shards for batch in shard) == sorted(batch.y.tolist() for batch in validation())
 
 
 def test_fewer_images_than_a_step_takes_are_refused():
-    with pytest.raises(
-        UserError, match="25 training images found, fewer than one step takes, BATCH_SIZE 13 x GRAD_ACCUM_STEPS 2"
-    ):
+    says = "25 training images found, fewer than one step takes, BATCH_SIZE 13 x GRAD_ACCUM_STEPS 2"
+    with pytest.raises(UserError, match=says):
         train_batches(batch_size=13)
 
 

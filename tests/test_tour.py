@@ -103,16 +103,10 @@ def execute(folder: Path, program: str) -> str:
     return done.stdout
 
 
-def test_the_dataset_example_trains(copy):
+def test_the_dataset_example_trains_and_takes_what_sample_npz_writes(copy):
     apply(example("A dataset"), copy)
-    out = execute(copy, f"""run("train.py {SMALL} --dataset npz --data_path pictures.npz --class_conditional true")""")
-    assert "npz train: 57 images of 3 classes at 8x8" in out and "npz val: 3 images" in out
-    assert (copy / "checkpoints" / "latest.pth").exists()
-
-
-def test_what_sample_npz_writes_is_a_dataset_of_the_example(copy):
-    apply(example("A dataset"), copy)
-    program = """
+    program = f"""
+        run("train.py {SMALL} --dataset npz --data_path pictures.npz --class_conditional true")
         from src.dataset import DATASETS
         import numpy as np
         np.savez("samples.npz", arr_0=np.zeros((40, 8, 8, 3), np.uint8))
@@ -120,7 +114,9 @@ def test_what_sample_npz_writes_is_a_dataset_of_the_example(copy):
             dataset = DATASETS["npz"]("samples.npz", split, 8)
             assert len(dataset) == count and dataset[1][0].shape == (8, 8, 3) and dataset[1][1] == 0
     """
-    execute(copy, program)
+    out = execute(copy, program)
+    assert "npz train: 57 images of 3 classes at 8x8" in out and "npz val: 3 images" in out
+    assert (copy / "checkpoints" / "latest.pth").exists()
 
 
 def test_the_sampler_example_draws_and_is_nearer_to_the_truth_than_a_method_of_first_order(copy):
