@@ -41,21 +41,11 @@ def test_what_is_advised_works(run, trained, script, wrong, advice, right):
     (run.folder / "file").touch()
     (run.folder / "pictures").symlink_to(run.pictures)
     (run.folder / "best.pth").symlink_to(trained.folder / "checkpoints" / "best.pth")
+    drawing = ["--checkpoint", "best.pth", "--device", "cpu"]
     always = {
         "train.py": run.flags(max_steps=1),
-        "sample.py": [
-            "--checkpoint",
-            "best.pth",
-            "--output_dir",
-            "drawn",
-            "--num_samples",
-            "2",
-            "--steps",
-            "2",
-            "--device",
-            "cpu",
-        ],
-        "evaluate.py": ["--checkpoint", "best.pth", "--device", "cpu", "--precision", "fp32"],
+        "sample.py": [*drawing, "--output_dir", "drawn", "--num_samples", "2", "--steps", "2"],
+        "evaluate.py": [*drawing, "--precision", "fp32"],
     }[script]
     refused = run.start(script, *always, *wrong.split()).wait()
     assert refused.code in (1, 2) and advice in refused.err and "Traceback" not in refused.err, refused.err

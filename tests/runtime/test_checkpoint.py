@@ -89,31 +89,22 @@ def test_what_is_saved_is_loaded_to_the_last_bit(tmp_path, settings):
 
 def test_what_one_writes_the_other_restores(tmp_path, settings):
     first, second, progress = Parts(), Parts(), Progress(30, 3)
+    for parts in (first, second):
+        parts.table["counter"] = Meter(10, torch.device("cpu"))  # a new part is one entry
+    first.table["counter"].norms += 7
     first.save(tmp_path / "latest.pth", settings)
     saved = load_checkpoint(tmp_path / "latest.pth")
     again = second.checkpoints(tmp_path, settings, progress, saved)
-    assert progress == Progress(30, 3, 3, 0.5)
+    assert progress == Progress(30, 3, 3, 0.5) and second.table["counter"].norms.tolist() == [7, 7]
     again.save("again")
     assert same(load_checkpoint(tmp_path / "again.pth"), saved)
-
-
-def test_a_new_part_is_one_entry(tmp_path, settings):
-    parts, counter = Parts(), Meter(10, torch.device("cpu"))
-    parts.table["counter"] = counter
-    counter.norms += 7
-    saved = load_checkpoint(parts.save(tmp_path / "latest.pth", settings))
-    counter.norms.zero_()
-    parts.checkpoints(tmp_path, settings, Progress(30, 3), saved)
-    assert counter.norms.tolist() == [7, 7]
 
 
 def test_latest_keeps_one_predecessor(tmp_path, settings):
     for step in (1, 2, 3):
         Parts().save(tmp_path / "latest.pth", settings, step)
-    assert {path.name: load_checkpoint(path)["step"] for path in tmp_path.iterdir()} == {
-        "latest.pth": 3,
-        "latest.previous.pth": 2,
-    }
+    steps = {path.name: load_checkpoint(path)["step"] for path in tmp_path.iterdir()}
+    assert steps == {"latest.pth": 3, "latest.previous.pth": 2}
 
 
 def test_what_a_killed_run_left_half_written_is_removed_and_nothing_else(tmp_path):
