@@ -32,16 +32,7 @@ from src.runtime.build import (
     start_from,
 )
 from src.runtime.checkpoint import Checkpoints, Progress, find_latest
-from src.runtime.device import (
-    InPrecision,
-    compiled,
-    describe,
-    memory_advice,
-    pick_device,
-    pick_precision,
-    place,
-    should_compile,
-)
+from src.runtime.device import InPrecision, compiled, memory_advice, pick_device, pick_precision, place, should_compile
 from src.runtime.distributed import World
 from src.runtime.flags import command_line
 from src.runtime.folders import FolderLock, claim
@@ -80,7 +71,7 @@ def train(run: Run, world: World, stop: StopRequest) -> None:
     check_length(saved, s, progress.last_step, run.accept_changes)
     parts = {"model": model, "ema": ema.model, "optimizer": optimizer, "scaler": scaler, "meter": meter}
     checkpoints = Checkpoints(s, world, data, progress, parts, saved)
-    print_plan(run, config, describe(device), dtype, model, batches, val_batches, progress.step)
+    print_plan(run, config, device, dtype, model, batches, val_batches, progress.step)
     parallel = world.parallel(InPrecision(model, device, dtype), device)
     network = compiled(parallel) if compiles else parallel
     networks = {"ema": InPrecision(ema.model, device, dtype), "raw": InPrecision(model, device, dtype)}

@@ -10,6 +10,7 @@ from torch import nn
 
 from src.dataset import OBTAIN, TrainBatches, ValidationBatches
 from src.model import parameter_count
+from src.runtime.device import describe
 from src.runtime.flags import print_idle
 from src.runtime.settings import Run, Settings, as_text, changed_from_defaults
 from src.utils import count
@@ -20,7 +21,7 @@ FEW_STEPS = 2000  # fewer in all are warned about
 def print_plan(
     run: Run,
     config: ModuleType,
-    device: str,
+    device: torch.device,
     dtype: torch.dtype,
     model: nn.Module,
     batches: TrainBatches,
@@ -38,7 +39,7 @@ def print_plan(
     size = f"{s.IMAGE_SIZE}x{s.IMAGE_SIZE}"
     for title, text in {
         "settings": (", ".join(changed) or "all defaults") + (f" ({', '.join(origin)})" if origin else ""),
-        "device": f"{device}, {as_text(dtype).removeprefix('torch.')}{together}",
+        "device": f"{describe(device)}, {as_text(dtype).removeprefix('torch.')}{together}",
         "network": f"{parameter_count(model):,} parameters",
         "images": f"{len(batches.images):,} for training, {len(val_batches.rows.unique()):,} for validation, {size}",
         "classes": class_line(s, batches.images.classes),

@@ -65,7 +65,7 @@ def copies_of_a_step(device, tmp_path, monkeypatch):
             spoil(losses.detach())
 
         monkeypatch.setattr(train, "pick_device", lambda *_: CUDA)
-        monkeypatch.setattr(train, "describe", str)
+        monkeypatch.setattr("src.runtime.plan.describe", str)
         monkeypatch.setattr(train, "open_data", lambda *_: (None, {"train": images(), "val": images()}))
         monkeypatch.setattr(TrainBatches, "__call__", watched)
         monkeypatch.setattr(Meter, "add", spoiled)
