@@ -19,7 +19,7 @@ from src.runtime.build import NETWORK, build_diffusion, build_model
 from src.runtime.checkpoint import VERSION
 from src.runtime.settings import Settings, as_flags, resolve
 from src.utils import UserError
-from tests.runs import TINY
+from tests.runs import TINY, ended
 
 diffusers = pytest.importorskip("diffusers")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -121,14 +121,8 @@ def test_the_card_tells_what_the_model_is_and_its_code_draws(tmp_path, monkeypat
     path, *_ = checkpoint(tmp_path, **NETWORKS["one level"], CLASS_CONDITIONAL=classes, SEED=5)
     monkeypatch.chdir(run_export(path, tmp_path / "out"))
     card = Path("README.md").read_text()
-    for line in (
-        "optimizer steps | 7",
-        "lowest validation loss so far | 0.25000",
-        "DATASET | shapes",
-        "SEED | 5",
-        "DIM_MULTS | 1",
-    ):
-        assert f"| {line} |\n" in card
+    facts = ["optimizer steps | 7", "lowest validation loss so far | 0.25000", "DATASET | shapes", "SEED | 5", "DIM_MULTS | 1"]
+    assert all(f"| {fact} |\n" in card for fact in facts)
     assert ("cat, dog, cow. Label 3 means no class." in card) == classes
     for code in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
         exec(code, {})
@@ -192,8 +186,7 @@ def weights(run, trained, trained_with_classes):
     def make(classes: bool = False, dtype: str = "fp32") -> Path:
         runner = trained_with_classes if classes else trained
         place = shutil.copytree(runner.folder / "checkpoints", run.folder / "checkpoints/done", dirs_exist_ok=True)
-        said = run.start("export.py", "--run", "done", "--weights_only", "--dtype", dtype).wait()
-        assert said.code == 0, said.err
+        said = ended(run.start("export.py", "--run", "done", "--weights_only", "--dtype", dtype), 0)
         assert said.out.endswith("python sample.py --checkpoint outputs/done/export/weights.pth\n")
         shutil.rmtree(place)
         return (run.folder / "outputs/done/export/weights.pth").rename(run.folder / f"{dtype}.pth")
@@ -233,8 +226,7 @@ def test_a_file_stripped_by_hand_draws_and_is_evaluated_and_exported(run, traine
 
 def evaluated(run, path: Path) -> dict:
     """The losses that evaluate.py finds."""
-    process = run.start("evaluate.py", "--checkpoint", path, "--loss", "--device", "cpu", "--output_dir", path.stem).wait()
-    assert process.code == 0, process.err
+    ended(run.start("evaluate.py", "--checkpoint", path, "--loss", "--device", "cpu", "--output_dir", path.stem), 0)
     (file,) = (run.folder / path.stem).glob("*.json")
     return json.loads(file.read_text())["loss"]
 
@@ -304,8 +296,7 @@ def test_resuming_from_weights_alone_is_refused_with_the_flags_that_work(run, we
     said = run.train(code=1).err
     assert f"checkpoints/{name}.pth holds only what drawing needs: it lacks model, optimizer, scaler, meter. " in said
     advice = re.search(r"A new run can start from its weights: add (--init_from \S+) (--run) NAME\.", said)
-    process = run.start("train.py", *run.flags(max_steps=1), *advice[1].split(), advice[2], "new").wait()
-    assert process.code == 0 and "anew: none" in process.out, process.err
+    assert "anew: none" in ended(run.start("train.py", *run.flags(max_steps=1), *advice[1].split(), advice[2], "new"), 0).out
 
 
 def test_a_missing_file_is_refused_before_data_are_read(run):

@@ -2,10 +2,14 @@
 
 import contextlib
 import http.server
+import io
 import os
 import shutil
+import stat
+import tarfile
 import tempfile
 import threading
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -26,6 +30,30 @@ class Commons:
         finally:
             if os.getuid() == 0:
                 os.seteuid(0)
+
+
+def pack(path, files):
+    """A zip or tar.gz, by the name. files: {name: bytes or text}; a name ends in a slash for a folder, (text,) is a link to
+    there."""
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
+            for name, data in files.items():
+                member = zipfile.ZipInfo(name)
+                member.compress_type = zipfile.ZIP_DEFLATED
+                member.external_attr = (stat.S_IFLNK | 0o777) << 16 if isinstance(data, tuple) else 0
+                target.writestr(member, data[0] if isinstance(data, tuple) else data)
+        return path
+    with tarfile.open(path, "w:gz", compresslevel=1) as target:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name.rstrip("/"))
+            if name.endswith("/"):
+                member.type = tarfile.DIRTYPE
+            elif isinstance(data, tuple):
+                member.type, member.linkname, data = tarfile.SYMTYPE, data[0], ""
+            content = data.encode() if isinstance(data, str) else data
+            member.size = len(content)
+            target.addfile(member, io.BytesIO(content))
+    return path
 
 
 class FolderHandler(http.server.SimpleHTTPRequestHandler):

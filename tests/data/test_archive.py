@@ -1,44 +1,18 @@
 """Archives that are whole, damaged, or made to do harm: zip and tar.gz alike."""
 
 import gzip
-import io
 import os
 import shutil
-import stat
 import tarfile
-import zipfile
 
 import pytest
 
 from src.data import archive
 from src.data.archive import extract
 from src.utils import UserError
+from tests.data.conftest import pack
 
 KINDS = ["zip", "tar.gz"]
-
-
-def make(path, files):
-    """A zip or tar.gz, by the name. Names that end in a slash are folders; a value (text,) is a link to there."""
-    if path.suffix == ".gz":
-        with tarfile.open(path, "w:gz") as target:
-            for name, data in files.items():
-                member = tarfile.TarInfo(name.rstrip("/"))
-                if name.endswith("/"):
-                    member.type = tarfile.DIRTYPE
-                elif isinstance(data, tuple):
-                    member.type, member.linkname = tarfile.SYMTYPE, data[0]
-                content = b"" if isinstance(data, tuple) else data.encode() if isinstance(data, str) else data
-                member.size = len(content)
-                target.addfile(member, io.BytesIO(content))
-        return path
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
-        for name, data in files.items():
-            member = zipfile.ZipInfo(name)
-            member.compress_type = zipfile.ZIP_DEFLATED
-            if isinstance(data, tuple):
-                member.external_attr = (stat.S_IFLNK | 0o777) << 16
-            target.writestr(member, data[0] if isinstance(data, tuple) else data)
-    return path
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -48,7 +22,7 @@ def test_the_folder_that_holds_the_file_takes_the_name_asked_for(tmp_path, kind)
     os.utime(tmp_path / ".images.part-left_old", (0, 0))
     (tmp_path / ".images.part-of_today").mkdir()
     files = {"top/": "", "top/a/b.txt": "b", "top/c.txt": "c", "top/empty/": "", "__MACOSX/._c": "x", "d/e/c.txt": ""}
-    path = make(tmp_path / f"a.{kind}", files)
+    path = pack(tmp_path / f"a.{kind}", files)
     extract(path, tmp_path / "new" / "images", "c.txt")
     extract(path, tmp_path / "images", "c.txt")
     for folder in (tmp_path / "images", tmp_path / "new" / "images"):
@@ -58,7 +32,7 @@ def test_the_folder_that_holds_the_file_takes_the_name_asked_for(tmp_path, kind)
 
 
 def test_two_processes_that_unpack_at_once_end_with_one_whole_folder(tmp_path, monkeypatch):
-    path, rename = make(tmp_path / "a.zip", {"top/c.txt": "c"}), os.rename
+    path, rename = pack(tmp_path / "a.zip", {"top/c.txt": "c"}), os.rename
 
     def after_another(source, target):
         monkeypatch.setattr(os, "rename", rename)
@@ -71,7 +45,7 @@ def test_two_processes_that_unpack_at_once_end_with_one_whole_folder(tmp_path, m
 
 
 def test_a_folder_in_the_way_is_left_alone(tmp_path):
-    path = make(tmp_path / "a.zip", {"top/c.txt": "c"})
+    path = pack(tmp_path / "a.zip", {"top/c.txt": "c"})
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "mine.txt").touch()
     with pytest.raises(UserError, match="Cannot write to"):
@@ -99,7 +73,7 @@ def test_archives_that_could_do_harm_are_refused_and_leave_nothing(tmp_path, mon
     monkeypatch.setattr(archive, "MAX_ENTRIES", 50)
     inner = tmp_path / "inner"
     inner.mkdir()
-    path = make(inner / f"a.{kind}", files)
+    path = pack(inner / f"a.{kind}", files)
     with pytest.raises(UserError, match=says):
         extract(path, inner / "images", "ok")
     assert os.listdir(inner) == [path.name] and os.listdir(tmp_path) == ["inner"]
@@ -150,7 +124,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("kind, damage", [(kind, damage) for kind in KINDS for damage in DAMAGE[kind]])
 def test_a_damaged_archive_is_named_and_left(tmp_path, kind, damage):
-    path = make(tmp_path / f"a.{kind}", {f"top/{i}": os.urandom(500) for i in range(40)})
+    path = pack(tmp_path / f"a.{kind}", {f"top/{i}": os.urandom(500) for i in range(40)})
     path.write_bytes(damage(path.read_bytes()))
     what = rf"(not a whole {kind} archive \(.+\)|an HTML page.*)\. Move it elsewhere|refused: its entry .* encrypted .* away"
     with pytest.raises(UserError, match=rf"a.{kind} is ({what})"):
@@ -159,7 +133,7 @@ def test_a_damaged_archive_is_named_and_left(tmp_path, kind, damage):
 
 
 def test_a_bomb_that_declares_less_than_it_holds_stops_at_what_it_declares(tmp_path):
-    path = make(tmp_path / "a.zip", {"top/bomb": bytes(5_000_000)})
+    path = pack(tmp_path / "a.zip", {"top/bomb": bytes(5_000_000)})
     data = path.read_bytes()
     path.write_bytes(data.replace((5_000_000).to_bytes(4, "little"), (100).to_bytes(4, "little")))
     with pytest.raises(UserError, match="is not a whole zip archive"):
@@ -168,14 +142,14 @@ def test_a_bomb_that_declares_less_than_it_holds_stops_at_what_it_declares(tmp_p
 
 
 def test_an_archive_that_cannot_be_read_is_told_as_that(commons):
-    make(commons.path / "a.zip", {"top/ok": ""}).chmod(0)
+    pack(commons.path / "a.zip", {"top/ok": ""}).chmod(0)
     with commons.as_user(), pytest.raises(UserError, match=r"Cannot read .*a.zip: Permission denied"):
         extract(commons.path / "a.zip", commons.path / "images", "ok")
     assert os.listdir(commons.path) == ["a.zip"]
 
 
 def test_too_little_space_is_said_before_the_unpacking(tmp_path, monkeypatch):
-    path = make(tmp_path / "a.zip", {"top/ok": bytes(3_000_000)})
+    path = pack(tmp_path / "a.zip", {"top/ok": bytes(3_000_000)})
     usage = archive.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(archive.shutil, "disk_usage", lambda _: usage._replace(free=10))
     with pytest.raises(UserError, match=r"unpacking a.zip needs 3 MB. Free some space .* --data_path"):
@@ -184,7 +158,7 @@ def test_too_little_space_is_said_before_the_unpacking(tmp_path, monkeypatch):
 
 
 def test_ctrl_c_while_unpacking_leaves_nothing(tmp_path, monkeypatch):
-    path = make(tmp_path / "a.zip", {"top/a": "a", "top/b": "b"})
+    path = pack(tmp_path / "a.zip", {"top/a": "a", "top/b": "b"})
 
     def interrupt(*args):
         raise KeyboardInterrupt

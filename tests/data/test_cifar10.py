@@ -1,9 +1,7 @@
 """CIFAR-10 in the format of its binary archive: downloaded over HTTP, read, and refused where something is wrong."""
 
 import hashlib
-import io
 import os
-import tarfile
 from functools import partial
 
 import numpy as np
@@ -16,7 +14,7 @@ from src.dataset import prepare
 from src.runtime.build import open_images
 from src.runtime.settings import as_flags, resolve
 from src.utils import UserError
-from tests.data.conftest import FolderHandler, serving
+from tests.data.conftest import FolderHandler, pack, serving
 
 NEVER_ASKED = "http://127.0.0.1:9/never-asked"
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -35,14 +33,8 @@ def files():
     return found
 
 
-def packed(files, top="cifar-10-batches-bin"):
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w:gz") as target:
-        for name, data in files.items():
-            member = tarfile.TarInfo(f"{top}/{name}")
-            member.size = len(data)
-            target.addfile(member, io.BytesIO(data))
-    return file.getvalue()
+def packed(path, files):
+    return pack(path, {f"cifar-10-batches-bin/{name}": data for name, data in files.items()})
 
 
 @pytest.fixture
@@ -51,7 +43,7 @@ def cifar(files, tmp_path):
     path = tmp_path / "data" / "cifar-10-batches-bin"
     path.parent.mkdir()
     archive = path.with_name("cifar-10-binary.tar.gz")
-    archive.write_bytes(packed(files))
+    packed(archive, files)
     CIFAR_10.obtain(path, NEVER_ASKED)
     archive.unlink()
     return path
@@ -60,9 +52,8 @@ def cifar(files, tmp_path):
 @pytest.fixture
 def server(files, tmp_path):
     """Serves the archive. settings: of a run that gets it from there."""
-    archive = packed(files)
     (tmp_path / "served").mkdir()
-    (tmp_path / "served" / "cifar-10-binary.tar.gz").write_bytes(archive)
+    archive = packed(tmp_path / "served" / "cifar-10-binary.tar.gz", files).read_bytes()
     with serving(partial(FolderHandler, directory=tmp_path / "served")) as server:
         paths = dict(DATA_PATH=f"{tmp_path}/data/cifar-10-batches-bin", CACHE_PATH=f"{tmp_path}/cache", NUM_WORKERS=0)
         file = dict(DATA_SIZE=len(archive), DATA_MD5=hashlib.md5(archive).hexdigest())
@@ -106,7 +97,7 @@ def test_an_archive_with_another_checksum_is_refused(server, tmp_path):
 
 @pytest.mark.parametrize("name", ["cifar.tar.gz", "cifar-10-binary.tar.gz"])
 def test_an_archive_beside_the_folder_is_unpacked_without_a_network(files, tmp_path, name):
-    (tmp_path / name).write_bytes(packed(files))
+    packed(tmp_path / name, files)
     path = tmp_path / ("cifar" if name == "cifar.tar.gz" else "cifar-10-batches-bin")
     CIFAR_10.obtain(path, NEVER_ASKED)
     assert len(CIFAR10(path, "train")) == 5 * PER_FILE

@@ -125,11 +125,10 @@ def test_a_colour_profile_is_applied_and_srgb_changes_nothing(tmp_path):
     """A profile in which the primaries red and green have changed places: its red is sRGB's green."""
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     swapped = srgb.replace(b"rXYZ", b"tmp.").replace(b"gXYZ", b"rXYZ").replace(b"tmp.", b"gXYZ")
-    pixels = np.asarray(NOISE)
     for suffix in ("png", "tif", "webp"):
         options = {"lossless": True} if suffix == "webp" else {}
         image = saved(NOISE, tmp_path / f"x.{suffix}", icc_profile=swapped, **options)
-        np.testing.assert_allclose(whole(image).astype(int), pixels[..., [1, 0, 2]], atol=2)
+        np.testing.assert_allclose(whole(image).astype(int), np.asarray(NOISE)[..., [1, 0, 2]], atol=2)
         np.testing.assert_array_equal(whole(saved(NOISE, tmp_path / f"x.{suffix}", icc_profile=srgb, **options)), NOISE)
     grey = saved(Image.new("L", (20, 20), 77), tmp_path / "grey.jpg", icc_profile=swapped)
     np.testing.assert_allclose(centre(grey), 77, atol=2)  # a profile for colour in a grey picture is common
@@ -137,18 +136,17 @@ def test_a_colour_profile_is_applied_and_srgb_changes_nothing(tmp_path):
 
 def linear_grey_profile():
     """A colour profile by hand: grey whose samples are proportional to the light."""
+    d50 = struct.pack(">3I", 0xF6D6, 0x10000, 0xD32D)
     tags = {
-        b"desc": b"desc\0\0\0\0\0\0\0\2x" + bytes(80),
-        b"cprt": b"text\0\0\0\0x\0\0\0",
-        b"wtpt": b"XYZ \0\0\0\0" + struct.pack(">3I", 0xF6D6, 0x10000, 0xD32D),
-        b"kTRC": b"curv" + bytes(8),
-    }
+        b"desc": b"desc\0\0\0\0\0\0\0\2x" + bytes(80), b"cprt": b"text\0\0\0\0x\0\0\0",
+        b"wtpt": b"XYZ \0\0\0\0" + d50, b"kTRC": b"curv" + bytes(8),
+    }  # fmt: skip
     table, data = struct.pack(">I", len(tags)), b""
     for name, value in tags.items():
         table += name + struct.pack(">2I", 128 + 4 + 12 * len(tags) + len(data), len(value))
         data += value + bytes(-len(value) % 4)
     head = struct.pack(">I4sI", 128 + len(table) + len(data), b"lcms", 0x02400000) + b"mntrGRAYXYZ " + bytes(12) + b"acsp"
-    return (head + bytes(28) + struct.pack(">3I", 0xF6D6, 0x10000, 0xD32D)).ljust(128, b"\0") + table + data
+    return (head + bytes(28) + d50).ljust(128, b"\0") + table + data
 
 
 def test_a_grey_profile_is_applied_with_and_without_alpha(tmp_path):
@@ -227,8 +225,7 @@ def test_floats_and_whole_numbers_of_any_range_are_shown(tmp_path):
     shown = read(tiff(holes), tmp_path)[0]
     assert shown[0, 0, :3].tolist() == [0, 255, 0] and shown[0, 5, 63] == 255
     assert (read(tiff(np.full((64, 64), np.nan, np.float32)), tmp_path)[0] == 0).all()
-    grey = Image.fromarray(np.full((20, 20), 0.5, np.float32))
-    assert centre(grey) == [128] * 3  # from a Dataset, not from a file
+    assert centre(Image.fromarray(np.full((20, 20), 0.5, np.float32))) == [128] * 3  # from a Dataset, not from a file
 
 
 def test_a_large_picture_of_16_bits_is_not_blown_up_to_float64(tmp_path):
@@ -348,31 +345,25 @@ def damage(data, random):
     return bytes(damaged)
 
 
-CHECKED = {
-    "png": encoded("png"),
-    "palette": encoded("png", NOISE.convert("P")),
-    "animated": encoded("png", save_all=True, append_images=[NOISE.rotate(90)]),
-    "deflated": encoded("tif", compression="tiff_adobe_deflate"),
-}
-
-
-@pytest.mark.parametrize("kind", CHECKED)
-def test_any_damage_is_found_in_formats_with_checksums(tmp_path, kind):
-    data, random_numbers = CHECKED[kind], random.Random(0)
-    read(data, tmp_path)
-    for _ in range(60):
-        if (damaged := damage(data, random_numbers)) != data:
-            with pytest.raises(UserError, match=r"x (cannot be decoded|is not a picture)"):
-                read(damaged, tmp_path)
-
-
 KINDS = {
     **{suffix: encoded(suffix) for suffix in ("jpg", "png", "gif", "webp", "bmp", "ppm", "tif")},
     "progressive": encoded("jpg", progressive=True),
     "lossless": encoded("webp", lossless=True),
     **{name: encoded("tif", compression=name) for name in ("tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg")},
     "group4": encoded("tif", NOISE.convert("1"), compression="group4"),
+    "palette": encoded("png", NOISE.convert("P")),
+    "animated": encoded("png", save_all=True, append_images=[NOISE.rotate(90)]),
 }
+
+
+@pytest.mark.parametrize("kind", ["png", "palette", "animated", "tiff_adobe_deflate"])
+def test_any_damage_is_found_in_formats_with_checksums(tmp_path, kind):
+    data, random_numbers = KINDS[kind], random.Random(0)
+    read(data, tmp_path)
+    for _ in range(60):
+        if (damaged := damage(data, random_numbers)) != data:
+            with pytest.raises(UserError, match=r"x (cannot be decoded|is not a picture)"):
+                read(damaged, tmp_path)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -396,10 +387,9 @@ def test_too_many_pixels_and_a_file_that_is_gone_are_named(tmp_path, monkeypatch
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with pytest.raises(UserError, match=r"x.png has too many pixels .*exceeds limit"):
         open_image(tmp_path / "x.png")
-    with pytest.raises(UserError, match=r"Cannot read .*gone.png: No such file"):
-        open_image(tmp_path / "gone.png")
-    with pytest.raises(UserError, match=r"Cannot read .*: it is a folder, and a file is needed"):
-        open_image(tmp_path)
+    for name, says in {"gone.png": "gone.png: No such file", "": ": it is a folder, and a file is needed"}.items():
+        with pytest.raises(UserError, match=f"Cannot read .*{says}"):
+            open_image(tmp_path / name)
 
 
 def test_stderr_works_again_after_a_tiff(tmp_path, capfd):
