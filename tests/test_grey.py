@@ -59,12 +59,10 @@ def test_a_grey_picture_keeps_its_levels_and_colours_become_their_luma():
         assert np.array_equal(to_uint8(Image.fromarray(levels).convert(mode), 8, 1)[0], levels)
     colours = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     luma = colours @ np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
-    both = [
-        to_uint8(Image.fromarray(colours), 8, 1),
-        PictureSet("", colours.transpose(2, 0, 1)[None]).with_channels(1).pixels[0],
-    ]
-    assert np.array_equal(*both) and abs(both[0][0] - luma).max() <= 0.51
-    assert np.array_equal(PictureSet("", both[0][None]).with_channels(3).pixels[0], np.stack([both[0][0]] * 3))
+    grey = to_uint8(Image.fromarray(colours), 8, 1)
+    assert np.array_equal(grey, PictureSet("", colours.transpose(2, 0, 1)[None]).with_channels(1).pixels[0])
+    assert abs(grey[0] - luma).max() <= 0.51
+    assert np.array_equal(PictureSet("", grey[None]).with_channels(3).pixels[0], np.stack([grey[0]] * 3))
     assert np.array_equal(to_uint8(torch.from_numpy(levels)[None], 8, 1)[0], levels)
 
 

@@ -192,13 +192,13 @@ def test_the_fingerprint_notices_another_picture_label_order_and_size(tmp_path):
 # --- names that are not text ------------------------------------------------------------------------
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
 def test_names_that_are_not_utf_8_become_text_that_every_file_can_hold(tmp_path):
-    for folder in (b"caf\xe9", b"caf\xe8", "☃".encode()):
+    for folder in (b"caf\xe9", b"caf\xe8", "☃".encode(), b"new\nline", b'"quoted"'):
         path = os.path.join(os.fsencode(tmp_path), b"data\xff", folder)
         os.makedirs(path)
         for i in range(4):
             Image.new("RGB", (8, 8)).save(os.fsdecode(os.path.join(path, b"%d\xff.png" % i)))
     images = prepare("folder", os.fsdecode(os.path.join(os.fsencode(tmp_path), b"data\xff")), "train", 8, tmp_path / "cache", 0)
-    assert images.classes == ["caf\\udce8", "caf\\udce9", "☃"]
+    assert images.classes == ['"quoted"', "caf\\udce8", "caf\\udce9", "new\\nline", "☃"] and len(images) == 19  # of 20
     for name in images.classes:
         assert json.loads(json.dumps(name, ensure_ascii=False).encode()) == name
     torch.save({"classes": images.classes}, tmp_path / "x.pth")

@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -204,17 +203,6 @@ def test_all_pictures_that_cannot_be_read_are_named(commons):
         prepare("folder", commons.path / "data", "train", 8, commons.path / "cache", 0)
     lines = str(refusal.value).splitlines()
     assert len(lines) == 6 and all(re.match(r"Cannot read .*png: Permission denied. .*permissions", line) for line in lines)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
-def test_names_of_any_bytes_are_listed_and_hashed(tmp_path):
-    root = os.fsencode(tmp_path)
-    for name in (b"caf\xe9", b"new\nline", b'"quoted"', "☃".encode()):
-        os.makedirs(os.path.join(root, b"data", name))
-        for i in range(6):
-            Image.new("RGB", (8, 8)).save(os.fsdecode(os.path.join(root, b"data", name, b"\xff%d.png" % i)))
-    train, val = ImageFolder(tmp_path / "data", "train"), ImageFolder(tmp_path / "data", "val")
-    assert len(train) + len(val) == 24 and len(train.fingerprint) == 64
 
 
 # --- twenty pictures as people have them --------------------------------------------------------------

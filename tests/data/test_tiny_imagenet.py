@@ -4,7 +4,6 @@ import io
 import os
 import re
 import shutil
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from PIL import Image
 from src.data.tiny_imagenet import TINY_IMAGENET, TinyImageNet
 from src.dataset import prepare
 from src.utils import UserError
+from tests.data.conftest import pack
 
 WNIDS = ["n02", "n01", "n03"]  # not sorted: labels follow the file
 NEVER_ASKED = "http://127.0.0.1:9/never-asked"
@@ -46,20 +46,17 @@ def files():
 
 
 def zipped(path, files, top="tiny-imagenet-200/", **more):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path, "w") as target:
-        for name, data in ({top + name: data for name, data in files.items()} | more).items():
-            target.writestr(name, data)
-    return path
+    return pack(path, {top + name: data for name, data in files.items()} | more)
 
 
 @pytest.fixture
 def tiny(files, tmp_path):
     """The extracted folder, obtained as a user with a zip beside it obtains it."""
     path = tmp_path / "data" / "tiny-imagenet-200"
-    zipped(path.with_name("tiny-imagenet-200.zip"), files).touch()
+    path.parent.mkdir()
+    archive = zipped(path.with_name("tiny-imagenet-200.zip"), files)
     TINY_IMAGENET.obtain(path, NEVER_ASKED)
-    path.with_name("tiny-imagenet-200.zip").unlink()
+    archive.unlink()
     return path
 
 
@@ -198,9 +195,8 @@ def test_missing_parts_are_named_with_advice_that_ends_and_deletes_nothing(tiny,
     with pytest.raises(UserError, match=f"{says}.* Name another folder with --data_path") as refusal:
         TinyImageNet(tiny, split)
     assert "elete" not in str(refusal.value) and "Move " not in str(refusal.value)
-    assert bool(re.search(r"but \d+ pictures: to train on these, add --dataset folder\.", str(refusal.value))) == (
-        remove == "wnids.txt"
-    )
+    as_folder = re.search(r"but \d+ pictures: to train on these, add --dataset folder\.", str(refusal.value))
+    assert bool(as_folder) == (remove == "wnids.txt")
     zipped(tiny.with_name("tiny-imagenet-200.zip"), files)  # as incomplete perhaps: the folder advised is not made from it
     place = Path(re.search(r"get Tiny ImageNet with --data_path (\S+)\.$", str(refusal.value))[1])
     assert not place.exists() and not TINY_IMAGENET.beside(place) and place.name == "tiny-imagenet-200"

@@ -53,9 +53,7 @@ def test_the_report_says_what_was_measured_and_how(tiny):
     assert protocol["precision"] == "float32" and "CPU" in protocol["device"] and "--sampler ddim" in protocol["command"]
     assert distribution["library"] == f"torch-fidelity {torch_fidelity.__version__}"
     samples, reference = distribution["samples"], distribution["reference"]
-    assert {name: samples[name] for name in ("sampler", "steps", "eta", "seed", "count")} == {
-        "sampler": "ddim", "steps": 2, "eta": 0.5, "seed": 0, "count": 12,
-    }  # fmt: skip
+    assert dict(sampler="ddim", steps=2, eta=0.5, seed=0, count=12).items() <= samples.items()
     assert reference["from"] == "folder train" and reference["count"] == 114 and len(reference["fingerprint"]) == 16
     assert any("full rank" in warning for warning in distribution["warnings"])
 
@@ -83,10 +81,8 @@ def test_the_loss_is_the_one_that_train_logs(tiny, tmp_path):
     assert [row["t_to"] for row in bins] == [row["t_from"] - 1 for row in bins[1:]] + [29] and bins[0]["t_from"] == 0
     weights = diffusion.val_weight
     bounds = [(weights[row["t_from"] : row["t_to"] + 1], row["loss"] * row["count"]) for row in bins]
-    total = sum(row["count"] for row in bins)
-    assert sum(w.min() * x for w, x in bounds) <= logged * total * 1.0001 and logged * total <= sum(
-        w.max() * x for w, x in bounds
-    )
+    total = logged * sum(row["count"] for row in bins)
+    assert sum(w.min() * x for w, x in bounds) <= total * 1.0001 and total <= sum(w.max() * x for w, x in bounds)
     curve = scalars(tmp_path)["loss/eps_by_t"]
     assert [*curve.values()] == pytest.approx([row["loss"] for row in bins], rel=1e-5)
 

@@ -14,10 +14,8 @@ def test_the_nearest_are_those_of_all_pairs_compared(views, is_float, monkeypatc
     monkeypatch.setattr("src.evaluation.nearest.CHUNK", 64)
     queries, pool = np.stack([random_pictures(5, 1), random_pictures(5, 1)[..., ::-1]][:views]), random_pictures(300, 2)
     if is_float:  # features, of which the mirrored ones may be longer
-        queries, pool = (
-            queries.reshape(views, 5, -1)[..., :224] / np.float32(255),
-            pool.reshape(300, -1)[:, :224] / np.float32(255),
-        )
+        queries = queries.reshape(views, 5, -1)[..., :224] / np.float32(255)
+        pool = pool.reshape(300, -1)[:, :224] / np.float32(255)
         queries[-1] *= 1.1
     found = nearest(np.ascontiguousarray(queries), pool, 4, CPU)
     pairs = torch.cdist(torch.tensor(queries.copy()).flatten(2).double(), torch.from_numpy(pool).flatten(1).double())
