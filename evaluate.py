@@ -109,9 +109,8 @@ def check_flags(flags: Namespace) -> None:
         raise FlagError("--npz: writes the pictures that --fid draws, and here it draws none.")
     if flags.features and flags.features not in NETWORKS and not os.path.isfile(flags.features):
         problem = "a folder, but a file of weights is needed" if os.path.isdir(flags.features) else "no file and no network"
-        raise FlagError(
-            f"--features: {flags.features} is {problem}; allowed are a file of Inception weights and {', '.join(NETWORKS)}."
-        )
+        allowed = f"a file of Inception weights and {', '.join(NETWORKS)}"
+        raise FlagError(f"--features: {flags.features} is {problem}; allowed are {allowed}.")
 
 
 def check_data(ev: Evaluation) -> None:

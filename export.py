@@ -132,10 +132,8 @@ def diffusers_files(state: Mapping[str, Any], dtype: torch.dtype) -> Files:
     try:
         from safetensors.torch import save
     except ModuleNotFoundError:
-        raise UserError(
-            "A folder for diffusers needs safetensors, which is not installed. Run 'pip install safetensors', or export the "
-            "weights alone with --weights_only."
-        ) from None
+        advice = "Run 'pip install safetensors', or export the weights alone with --weights_only."
+        raise UserError(f"A folder for diffusers needs safetensors, which is not installed. {advice}") from None
     s: Settings = state["config"]
     model = build_model(s, len(state["classes"]))
     load_weights(model, state["ema"])

@@ -80,10 +80,8 @@ class Published(NamedTuple):
             with contextlib.suppress(UserError):
                 if pictures := find_pictures(path)[0]:
                     what += f", but {count(len(pictures), 'picture')}: to train on these, add --dataset folder"
-        return UserError(
-            f"{root} is not a whole {self.title}: {what}. Name another folder with --data_path, or get {self.title} with "
-            f"{self.elsewhere(path)}."
-        )
+        advice = f"Name another folder with --data_path, or get {self.title} with {self.elsewhere(path)}."
+        return UserError(f"{root} is not a whole {self.title}: {what}. {advice}")
 
     def read(self, root: Path, path: Path, name: str) -> str:
         """The text of a file in `root`. Raises UserError."""
@@ -153,10 +151,9 @@ def extract(path: str | os.PathLike, folder: str | os.PathLike, holds: str) -> N
             for member in Bar(members, desc="unpacking", unit=" file"):
                 write(member, part / "all" / PurePosixPath(member.name))
         except (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
-            raise UserError(
-                f"{path} {stand_in(path) or f'is not a whole {kind[1:]} archive ({error})'}. "
-                f"Move it elsewhere and run the same command again to download it afresh."
-            ) from error
+            what = stand_in(path) or f"is not a whole {kind[1:]} archive ({error})"
+            advice = "Move it elsewhere and run the same command again to download it afresh."
+            raise UserError(f"{path} {what}. {advice}") from error
         if hasattr(os, "sync"):
             os.sync()  # one flush for all files, before the rename: a power cut leaves no empty pictures behind
         with contextlib.suppress(OSError):

@@ -119,10 +119,8 @@ def write_cache(cache: Path, task: Task, fingerprint: str, num_workers: int) -> 
             content.update(labels.data)
             classes = list(getattr(dataset, "classes", None) or range(labels.max() + 1))
             if labels.min() < 0 or labels.max() >= len(classes):
-                raise UserError(
-                    f"The dataset has labels from {labels.min()} to {labels.max()} but {count(len(classes), 'class name')}; "
-                    f"labels must lie in 0 to {len(classes) - 1}."
-                )
+                found = f"labels from {labels.min()} to {labels.max()} but {count(len(classes), 'class name')}"
+                raise UserError(f"The dataset has {found}; labels must lie in 0 to {len(classes) - 1}.")
             about = {
                 "format": FORMAT,
                 "source": fingerprint,

@@ -93,10 +93,9 @@ class ImageFolder(Files):
             raise UserError(f"{path.absolute()} holds {count(len(train), 'picture')}, at least 2 are needed. {there}{READ}.")
         strange = sorted({picture.group for picture in val} - set(classes))
         if strange:
-            raise UserError(
-                f"{path} is split already, but its class {strange[0]!r} has validation pictures and no training pictures. "
-                f"Give both the same folders, or hold out some of the training pictures with --data_path {root}"
-            )
+            what = f"its class {strange[0]!r} has validation pictures and no training pictures"
+            advice = f"Give both the same folders, or hold out some of the training pictures with --data_path {root}"
+            raise UserError(f"{path} is split already, but {what}. {advice}")
         if not val:
             train, val = hold_out(train, classes)
         chosen = sorted(train if split == "train" else val, key=lambda picture: (picture.group, picture.entry.path))

@@ -18,9 +18,7 @@ def from_torchvision(name: str) -> Callable[[str | os.PathLike, str, int], Any]:
             return getattr(datasets, name)(os.fspath(path), train=split == "train", download=True)
         except (OSError, RuntimeError, ValueError, AssertionError) as error:  # as torchvision has them
             why = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-            raise UserError(
-                f"torchvision cannot download {name} to {path}, or read it there: {why}. "
-                f"Type the same command again with a network; if files there are damaged, move them elsewhere first."
-            ) from error
+            advice = "Type the same command again with a network; if files there are damaged, move them elsewhere first."
+            raise UserError(f"torchvision cannot download {name} to {path}, or read it there: {why}. {advice}") from error
 
     return open_dataset

@@ -43,19 +43,15 @@ class TinyImageNet(Files):
             pairs += [(label_by_name[name], entry) for name, entry in chosen.items() if name not in have]
         labels = [label for label, _ in pairs]
         if empty := sorted(set(label_of.values()) - set(labels)):
-            example = class_ids[empty[0]]
-            raise self.incomplete(
-                f"{split} has no pictures for {len(empty)} of {count(len(class_ids), 'class', 'classes')}, e.g. {example}"
-            )
+            of = f"{len(empty)} of {count(len(class_ids), 'class', 'classes')}"
+            raise self.incomplete(f"{split} has no pictures for {of}, e.g. {class_ids[empty[0]]}")
         passed_over.pop(".txt", None)  # lists of boxes
         passed_over |= {"without a label": list(rest)} if rest else {}
         if passed_over:
             print(f"note: passed over in {self.path / split}: {summary(passed_over)}")
         if (len(pairs), len(class_ids)) != (OFFICIAL[split], 200):
-            print(
-                f"note: {self.path / split} has {count(len(pairs), 'picture')} of {count(len(class_ids), 'class', 'classes')}; "
-                f"the official set has {OFFICIAL[split]:,} of 200"
-            )
+            size = f"{count(len(pairs), 'picture')} of {count(len(class_ids), 'class', 'classes')}"
+            print(f"note: {self.path / split} has {size}; the official set has {OFFICIAL[split]:,} of 200")
         super().__init__([entry for _, entry in pairs], labels, self.class_names(class_ids), class_ids)
 
     def incomplete(self, what: str) -> UserError:

@@ -97,10 +97,8 @@ def chunks(task: Task, num_workers: int) -> Generator[tuple, None, None]:
                 yield ahead.popleft().result()
         yield from (future.result() for future in ahead)
     except (BrokenProcessPool, BlockingIOError) as error:
-        raise UserError(
-            "A process that decodes images was killed or could not start, perhaps for lack of memory. "
-            "Try fewer with --num_workers, 0 for none."
-        ) from error
+        what = "A process that decodes images was killed or could not start, perhaps for lack of memory."
+        raise UserError(f"{what} Try fewer with --num_workers, 0 for none.") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -117,20 +115,16 @@ def start_pool(task: Task, workers: int) -> ProcessPoolExecutor | None:
         print(f"note: decoding in one process: several need locks, which Linux keeps in /dev/shm, and there: {why}")
         return None
     except (AttributeError, TypeError, pickle.PicklingError) as error:
-        raise UserError(
-            f"The dataset cannot be handed to the processes that decode ({error}). Define its class and its functions at the "
-            f"top of a module, or decode in one process: --num_workers 0."
-        ) from error
+        advice = "Define its class and its functions at the top of a module, or decode in one process: --num_workers 0."
+        raise UserError(f"The dataset cannot be handed to the processes that decode ({error}). {advice}") from error
 
 
 def decoded(task: Task, num_workers: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The chunks of a task in order, with a progress bar. Raises Unreadable that names all images that cannot be decoded."""
     faults: list[tuple] = []
     notes: list[tuple] = []
-    with (
-        Bar(total=len(task.rows), desc="decoding", unit=" image", unit_scale=True) as bar,
-        closing(chunks(task, num_workers)) as results,
-    ):
+    bar = Bar(total=len(task.rows), desc="decoding", unit=" image", unit_scale=True)
+    with bar, closing(chunks(task, num_workers)) as results:
         for images, labels, new_notes, new_faults in results:
             faults += new_faults
             notes += new_notes

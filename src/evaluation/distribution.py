@@ -40,13 +40,10 @@ PRC_PICTURES = 10_000  # of each side at most, because the pairs grow with the s
 SEED = 2020  # of the subsets and splits, torch-fidelity's own
 NAMES = {  # ours -> torch-fidelity's
     "fid": "frechet_inception_distance",
-    "kid": "kernel_inception_distance_mean",
-    "kid_std": "kernel_inception_distance_std",
-    "inception_score": "inception_score_mean",
-    "inception_score_std": "inception_score_std",
-    "precision": "precision",
-    "recall": "recall",
-}
+    "kid": "kernel_inception_distance_mean", "kid_std": "kernel_inception_distance_std",
+    "inception_score": "inception_score_mean", "inception_score_std": "inception_score_std",
+    "precision": "precision", "recall": "recall",
+}  # fmt: skip
 
 
 def measure_distribution(ev: Evaluation) -> dict[str, Any]:

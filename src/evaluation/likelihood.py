@@ -58,23 +58,17 @@ def decoder_term(x_0: Tensor, mean: Tensor, std: float) -> Tensor:
 
 @torch.no_grad()
 def step_terms(
-    diffusion: GaussianDiffusion,
-    model: Model,
-    x_0: Tensor,
-    t: Tensor,
-    eps: Tensor,
-    y: Tensor | None = None,
-    clip_denoised: bool = True,
+    diffusion: GaussianDiffusion, model: Model, x_0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None = None, clip: bool = True
 ) -> Tensor:
     """The term of step t for each image, from one draw of x_t: L_{t-1}, or L_0 where t = 0.
 
     x_0: [B, C, S, S] grey levels in [-1, 1].   t: [B] int64 in [0, T).   eps: like x_0, standard normal.
-    y: [B] int64 labels or None.   clip_denoised: as in sampling, the model's mean comes from x_0 clipped to [-1, 1].
+    y: [B] int64 labels or None.   clip: as in sampling, the model's mean comes from x_0 clipped to [-1, 1].
     Returns [B] float64 nats on the CPU.
     """
     x_t = diffusion.q_sample(x_0, t, eps)
     x_0_hat = diffusion.to_x_0(model(x_t, t, y).float(), x_t, t)
-    if clip_denoised:
+    if clip:
         x_0_hat = torch.where(x_0_hat.isfinite(), x_0_hat.clamp(-1, 1), math.nan)  # infinity stays a fault
     t = t.cpu()
     terms = step_weights(diffusion)[t] * (x_0 - x_0_hat).square().flatten(1).sum(1).cpu().double()

@@ -93,10 +93,8 @@ def read_folder(path: Path, flag: str, cache: Path) -> PictureSet:
             pixels = np.empty((len(files), *picture.shape), dtype=np.uint8)
         if picture.shape != pixels.shape[1:]:
             (h, w), (height, width) = picture.shape[1:], pixels.shape[2:]
-            raise UserError(
-                f"{flag}: {entry.path} is {w}x{h}, the first picture {width}x{height}; all must have one size. "
-                f"Move it away, or resize them all."
-            )
+            sizes = f"{entry.path} is {w}x{h}, the first picture {width}x{height}"
+            raise UserError(f"{flag}: {sizes}; all must have one size. Move it away, or resize them all.")
         pixels[i] = picture
     if faults:
         raise Unreadable(faults).listed(cache / "damaged.sh")

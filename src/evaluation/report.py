@@ -79,10 +79,8 @@ class Evaluation:
             raise UserError(f"The checkpoint is of the classes {self.settings.CLASSES}. {error} {advice}") from None
         is_told = self.settings.CLASS_CONDITIONAL or self.settings.CLASSES
         if is_told and not same_classes(images.classes, self.pipeline.classes):
-            raise UserError(
-                f"The checkpoint was trained on {beginning(self.pipeline.classes)}, but the data at {self.settings.DATA_PATH} "
-                f"have {beginning(images.classes)}. {advice}"
-            )
+            here = f"the data at {self.settings.DATA_PATH} have {beginning(images.classes)}"
+            raise UserError(f"The checkpoint was trained on {beginning(self.pipeline.classes)}, but {here}. {advice}")
         return images
 
     @cache  # noqa: B019

@@ -127,7 +127,7 @@ def test_for_gaussian_data_the_estimate_is_the_closed_form_within_its_standard_e
     model = gaussian_denoiser(diffusion)
     total = prior_term(diffusion, x_0)
     for part in parts:
-        total = total + stratum_terms(diffusion, model, x_0, part, keys, clip_denoised=False)
+        total = total + stratum_terms(diffusion, model, x_0, part, keys, clip=False)
     mean, error = mean_and_error(bits_per_dimension(total, 48))
     expected = (gaussian_bound(diffusion) / math.log(2)).item()
     assert abs(mean - expected) < 3 * error
