@@ -56,3 +56,10 @@ def saved_run(run: Runner, **settings) -> dict[str, bytes]:
 def kept(run: Runner, before: dict[str, bytes]) -> None:
     assert run.files("*.pth") == before, "a checkpoint was touched"
     assert not run.files(".*part-*"), "something half-made is left"
+
+
+def drawn(run: Runner, trained: Runner, *words, **options: str) -> Process:
+    """A call that draws a picture into the folder `drawn`."""
+    checkpoint, flags = trained.folder / "checkpoints/best.pth", ["--device", "cpu", "--precision", "fp32", "--num_samples", 1]
+    flags += ["--steps", 2, "--checkpoint", checkpoint, "--output_dir", "drawn"]
+    return run.start("sample.py", *flags, *words, **options)

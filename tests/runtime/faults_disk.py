@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from tests.runs import Process, Runner, differences, ended
-from tests.runtime.faults import fault, kept, saved_run
+from tests.runtime.faults import drawn, fault, kept, saved_run
 
 # --- disk ---------------------------------------------------------------------------------------------
 
@@ -99,8 +99,7 @@ def unreadable_cache(run):
 
 @fault("No permission to write pictures")
 def no_permission_for_pictures(run, trained):
-    checkpoint = trained.folder / "checkpoints" / "best.pth"
-    return run.start("sample.py", "--checkpoint", checkpoint, "--output_dir", below_a_file(run)).wait()
+    return drawn(run, trained, "--output_dir", below_a_file(run)).wait()
 
 
 # --- checkpoints --------------------------------------------------------------------------------------
@@ -291,13 +290,6 @@ def run_without_best(run, trained):
 
 
 # --- folders of pictures ------------------------------------------------------------------------------
-
-
-def drawn(run: Runner, trained: Runner, *words, **options: str) -> Process:
-    """A call that draws a picture into the folder `drawn`."""
-    checkpoint, flags = trained.folder / "checkpoints/best.pth", ["--device", "cpu", "--precision", "fp32", "--num_samples", 1]
-    flags += ["--steps", 2, "--checkpoint", checkpoint, "--output_dir", "drawn"]
-    return run.start("sample.py", *flags, *words, **options)
 
 
 @fault("Pictures drawn with other settings are in the folder")

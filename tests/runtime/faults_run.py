@@ -6,7 +6,7 @@ import subprocess
 import time
 
 from tests.runs import Process, Runner, differences, ended, signal_at
-from tests.runtime.faults import fault, kept, saved_run
+from tests.runtime.faults import drawn, fault, kept, saved_run
 from tests.runtime.test_distributed import train_all
 from tests.test_resume import SLOW_VALIDATION
 
@@ -150,19 +150,15 @@ def fp16_overflows(run):
     return process
 
 
-def raises(error: str) -> str:
-    return f"""
+GPU_IS_FULL = """
 import torch
 from src.diffusion import GaussianDiffusion
 
 def out_of_memory(*args, **options):
-    raise {error}
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 
 GaussianDiffusion.training_losses = GaussianDiffusion.denoiser = out_of_memory
 """
-
-
-GPU_IS_FULL = raises('torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")')
 # The address space that there is now, and 150 MB.
 LITTLE_MEMORY = """
 import resource
@@ -209,20 +205,16 @@ def overflow_in_preview(run):
 
 @fault("The network overflows while drawing")
 def overflow_while_drawing(run, trained):
-    checkpoint = trained.folder / "checkpoints" / "best.pth"
-    words = ["--checkpoint", checkpoint, "--num_samples", 3, "--output_dir", "drawn", "--device", "cpu"]
-    process = run.start("sample.py", *words, setup=OVERFLOW).wait()
+    process = drawn(run, trained, "--num_samples", 3, "--steps", 20, setup=OVERFLOW).wait()
     assert not run.files("*.png")
     return process
 
 
 @fault("Out of memory while drawing")
 def memory_while_drawing(run, trained):
-    checkpoint = trained.folder / "checkpoints" / "best.pth"
-    words = ["--checkpoint", checkpoint, "--batch_size", 1, "--output_dir", "drawn", "--device", "cpu"]
-    run.sample(*words, "--num_samples", 2)
+    assert drawn(run, trained, "--batch_size", 1, "--num_samples", 2).wait().code == 0
     before = run.files("*.png")
-    process = run.start("sample.py", *words, "--num_samples", 3, setup=GPU_IS_FULL).wait()
+    process = drawn(run, trained, "--batch_size", 1, "--num_samples", 3, setup=GPU_IS_FULL).wait()
     assert run.files("*.png") == before
     return process
 
