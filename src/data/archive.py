@@ -73,9 +73,9 @@ class Published(NamedTuple):
             return inside[0] if len(inside) == 1 else path
         return path
 
-    def incomplete(self, root: Path, path: Path, what: str) -> UserError:
-        """root: of the folder `path`. The advice never deletes, since the folder may hold other things, and does not lead back
-        to here."""
+    def incomplete(self, path: Path, what: str) -> UserError:
+        """The advice never deletes, since the folder `path` may hold other things, and does not lead back to here."""
+        root = self.root(path)
         if not (root / self.holds).exists():
             with contextlib.suppress(UserError):
                 if pictures := find_pictures(path)[0]:
@@ -83,15 +83,16 @@ class Published(NamedTuple):
         advice = f"Name another folder with --data_path, or get {self.title} with {self.elsewhere(path)}."
         return UserError(f"{root} is not a whole {self.title}: {what}. {advice}")
 
-    def read(self, root: Path, path: Path, name: str) -> str:
-        """The text of a file in `root`. Raises UserError."""
-        with reading(root / name, "Fix its permissions, or name another folder with --data_path."):
+    def read(self, path: Path, name: str) -> str:
+        """The text of a file in the root of the folder `path`. Raises UserError."""
+        file = self.root(path) / name
+        with reading(file, "Fix its permissions, or name another folder with --data_path."):
             try:
-                return (root / name).read_text(encoding="utf-8-sig")  # without the byte-order mark of Windows
+                return file.read_text(encoding="utf-8-sig")  # without the byte-order mark of Windows
             except FileNotFoundError:
-                raise self.incomplete(root, path, f"it has no {name}") from None
+                raise self.incomplete(path, f"it has no {name}") from None
             except UnicodeDecodeError:
-                raise self.incomplete(root, path, f"{name} is not text in UTF-8") from None
+                raise self.incomplete(path, f"{name} is not text in UTF-8") from None
 
 
 class Member(NamedTuple):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from src.data.archive import Published
 from src.data.folder import MOVE_IT, Files, find_pictures, summary
-from src.utils import UserError, count, reading
+from src.utils import count, reading
 
 TINY_IMAGENET = Published("Tiny ImageNet", archive="tiny-imagenet-200.zip", holds="wnids.txt", folder="tiny-imagenet-200")
 OFFICIAL = {"train": 100_000, "val": 10_000}  # pictures of the official set, in 200 classes
@@ -20,49 +20,40 @@ class TinyImageNet(Files):
     """
 
     def __init__(self, path: str | os.PathLike, split: str):
-        self.given = self.path = Path(os.path.abspath(path))
-        with reading(self.path, MOVE_IT):
-            self.path = TINY_IMAGENET.root(self.given)
-            class_ids = list(dict.fromkeys(self.read("wnids.txt").split()))
-            if not class_ids or not (self.path / split).exists():
-                raise self.incomplete(f"it has no {split}" if class_ids else "its wnids.txt is empty")
+        given = Path(os.path.abspath(path))
+        with reading(given, MOVE_IT):
+            root = TINY_IMAGENET.root(given)
+            class_ids = list(dict.fromkeys(TINY_IMAGENET.read(given, "wnids.txt").split()))
+            if not class_ids or not (root / split).exists():
+                raise TINY_IMAGENET.incomplete(given, f"it has no {split}" if class_ids else "its wnids.txt is empty")
         label_of = {wnid: label for label, wnid in enumerate(class_ids)}
-        found, passed_over = find_pictures(self.path / split)
+        found, passed_over = find_pictures(root / split)
         pairs = [(label_of[picture.parts[0]], picture.entry) for picture in found if picture.parts[0] in label_of]
         pairs.sort(key=lambda pair: (pair[0], pair[1].name))
         rest = {picture.entry.name: picture.entry for picture in found if picture.parts[0] not in label_of}
         if split == "val" and (rest or not pairs):
             have = {entry.name for _, entry in pairs}
-            rows = [line.split() for line in self.read("val/val_annotations.txt").splitlines()]
+            rows = [line.split() for line in TINY_IMAGENET.read(given, "val/val_annotations.txt").splitlines()]
             label_by_name = {row[0]: label_of[row[1]] for row in rows if len(row) > 1 and row[1] in label_of}
             aside = {Path(name).stem for name in passed_over.get(".damaged", [])}  # by the list of damaged pictures
             if missing := sorted(label_by_name.keys() - have - rest.keys() - aside):
                 lacks = f"{count(len(missing), 'picture')} of val_annotations.txt"
-                raise self.incomplete(f"it lacks {lacks}, e.g. {missing[0]}")
+                raise TINY_IMAGENET.incomplete(given, f"it lacks {lacks}, e.g. {missing[0]}")
             chosen = {name: rest.pop(name) for name in sorted(rest) if name in label_by_name}
             pairs += [(label_by_name[name], entry) for name, entry in chosen.items() if name not in have]
         labels = [label for label, _ in pairs]
         if empty := sorted(set(label_of.values()) - set(labels)):
             of = f"{len(empty)} of {count(len(class_ids), 'class', 'classes')}"
-            raise self.incomplete(f"{split} has no pictures for {of}, e.g. {class_ids[empty[0]]}")
+            raise TINY_IMAGENET.incomplete(given, f"{split} has no pictures for {of}, e.g. {class_ids[empty[0]]}")
         passed_over.pop(".txt", None)  # lists of boxes
         passed_over |= {"without a label": list(rest)} if rest else {}
         if passed_over:
-            print(f"note: passed over in {self.path / split}: {summary(passed_over)}")
+            print(f"note: passed over in {root / split}: {summary(passed_over)}")
         if (len(pairs), len(class_ids)) != (OFFICIAL[split], 200):
             size = f"{count(len(pairs), 'picture')} of {count(len(class_ids), 'class', 'classes')}"
-            print(f"note: {self.path / split} has {size}; the official set has {OFFICIAL[split]:,} of 200")
-        super().__init__([entry for _, entry in pairs], labels, self.class_names(class_ids), class_ids)
-
-    def incomplete(self, what: str) -> UserError:
-        return TINY_IMAGENET.incomplete(self.path, self.given, what)
-
-    def read(self, name: str) -> str:
-        return TINY_IMAGENET.read(self.path, self.given, name)
-
-    def class_names(self, class_ids: list[str]) -> list[str]:
-        """`goldfish` from the line `n01443537<tab>goldfish, Carassius auratus`; the id if words.txt lacks it."""
-        if not (self.path / "words.txt").exists():
-            return class_ids
-        words = dict(line.split("\t", 1) for line in self.read("words.txt").splitlines() if "\t" in line)
-        return [words.get(wnid, wnid).split(",")[0].strip() for wnid in class_ids]
+            print(f"note: {root / split} has {size}; the official set has {OFFICIAL[split]:,} of 200")
+        words: dict[str, str] = {}  # "n01443537": "goldfish, Carassius auratus"; a class that it lacks is named by its id
+        if (root / "words.txt").exists():
+            words = dict(line.split("\t", 1) for line in TINY_IMAGENET.read(given, "words.txt").splitlines() if "\t" in line)
+        names = [words.get(wnid, wnid).split(",")[0].strip() for wnid in class_ids]
+        super().__init__([entry for _, entry in pairs], labels, names, class_ids)
