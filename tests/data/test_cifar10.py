@@ -75,7 +75,7 @@ def test_the_dataset_alone_brings_its_folder_address_size_and_checksum():
     assert (typed.DATA_PATH, typed.DATA_MD5, typed.DATA_SIZE) == ("mine", "", 170_052_171)
 
 
-def test_it_is_downloaded_checked_unpacked_and_decoded_once(server, files, tmp_path):
+def test_it_is_downloaded_checked_unpacked_and_decoded_once(server, files, tmp_path, capsys):
     s = resolve(config, f"--preset cifar10 {as_flags(server.settings)}".split()).settings
     train, val = open_images(s, "train"), open_images(s, "val")
     assert (len(train), len(val)) == (5 * PER_FILE, PER_FILE) and train.classes == val.classes == NAMES
@@ -84,15 +84,9 @@ def test_it_is_downloaded_checked_unpacked_and_decoded_once(server, files, tmp_p
         np.testing.assert_array_equal(images[:], records[:, 1:].reshape(-1, 3, 32, 32))
         assert images.labels.tolist() == records[:, 0].tolist()
     assert sorted(os.listdir(tmp_path / "data")) == ["cifar-10-batches-bin", "cifar-10-binary.tar.gz"]
+    assert "has 20 pictures; each of the official set has 10,000" in capsys.readouterr().out
     written = train.path.stat().st_mtime_ns
     assert open_images(s, "train").path.stat().st_mtime_ns == written and len(server.requests) == 1
-
-
-def test_an_archive_with_another_checksum_is_refused(server, tmp_path):
-    s = resolve(config, as_flags(server.settings | dict(DATA_MD5="0" * 32)).split()).settings
-    with pytest.raises(UserError, match=r"the checksum \(md5\) is"):
-        open_images(s, "train")
-    assert os.listdir(tmp_path / "data") == []
 
 
 @pytest.mark.parametrize("name", ["cifar.tar.gz", "cifar-10-binary.tar.gz"])
@@ -119,11 +113,6 @@ def test_a_picture_is_upright_and_in_colour(cifar):
     (cifar / "test_batch.bin").write_bytes(record.tobytes())
     image, label = CIFAR10(cifar, "val")[0]
     assert Image.fromarray(image).getpixel((7, 5)) == (0, 0, 200) and image.sum() == 200 and label == 0
-
-
-def test_a_set_that_is_not_the_official_one_is_noted(cifar, capsys):
-    CIFAR10(cifar, "train")
-    assert "has 20 pictures; each of the official set has 10,000" in capsys.readouterr().out
 
 
 def test_the_cache_is_made_again_when_a_file_changes(cifar, files, tmp_path):
