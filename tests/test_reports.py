@@ -19,15 +19,6 @@ class Digits(Dataset):
 DATASETS["digits"] = lambda path, split, image_size: Digits()
 """
 EAGER = "import functools, torch; torch.compile = functools.partial(torch.compile, backend='eager')"
-IN_A_THREAD = """
-import threading, train
-
-codes = []
-thread = threading.Thread(target=lambda: codes.append(train.main()))
-thread.start()
-thread.join()
-raise SystemExit(codes[0])
-"""
 
 
 def test_a_compiled_run_saves_the_names_of_the_plain_network(run):
@@ -49,9 +40,3 @@ def test_sizes_that_are_no_power_of_two_train_and_draw(run, size):
     run.train(OWN, DATASET="digits", CACHE_PATH="cache", EPOCHS=1, **shape)
     run.sample("--checkpoint", "checkpoints/best.pth", "--num_samples", 3, "--batch_size", 2, "--steps", 2)
     assert len(run.files("images/*.png")) == 3
-
-
-def test_a_whole_run_works_outside_the_main_thread(run):
-    """wandb/wandb issue 834: signal only works in main thread."""
-    run.train(IN_A_THREAD, EPOCHS=1)
-    assert run.state()["step"] == 10

@@ -88,8 +88,9 @@ SMALL = (
 )
 
 
-def execute(folder: Path, program: str) -> str:
-    """What a program prints that runs in a copy: there, `run("train.py --flag value")` is what a user types."""
+def execute(folder: Path, heading: str, program: str) -> str:
+    """Apply the example to a copy. Return what the program prints there; run("train.py --flag value") is what a user types."""
+    apply(example(heading), folder)
     start = """
         import importlib, shlex, sys
         def run(line):
@@ -104,7 +105,6 @@ def execute(folder: Path, program: str) -> str:
 
 
 def test_the_dataset_example_trains_and_takes_what_sample_npz_writes(copy):
-    apply(example("A dataset"), copy)
     program = f"""
         run("train.py {SMALL} --dataset npz --data_path pictures.npz --class_conditional true")
         from src.dataset import DATASETS
@@ -114,13 +114,12 @@ def test_the_dataset_example_trains_and_takes_what_sample_npz_writes(copy):
             dataset = DATASETS["npz"]("samples.npz", split, 8)
             assert len(dataset) == count and dataset[1][0].shape == (8, 8, 3) and dataset[1][1] == 0
     """
-    out = execute(copy, program)
+    out = execute(copy, "A dataset", program)
     assert "npz train: 57 images of 3 classes at 8x8" in out and "npz val: 3 images" in out
     assert (copy / "checkpoints" / "latest.pth").exists()
 
 
 def test_the_sampler_example_draws_and_is_nearer_to_the_truth_than_a_method_of_first_order(copy):
-    apply(example("A sampler"), copy)
     program = f"""
         import torch
         from src.diffusion import GaussianDiffusion, at
@@ -141,23 +140,21 @@ def test_the_sampler_example_draws_and_is_nearer_to_the_truth_than_a_method_of_f
         run("train.py {SMALL}")
         run("sample.py --sampler heun --steps 5 --num_samples 2 --device cpu")
     """
-    heun, ddim = map(float, re.search(r"errors (\S+) (\S+)", execute(copy, program)).groups())
+    heun, ddim = map(float, re.search(r"errors (\S+) (\S+)", execute(copy, "A sampler", program)).groups())
     assert heun < 0.01 and heun < 0.6 * ddim
     assert (copy / "outputs" / "pictures" / "001" / "images" / "000001.png").exists()
 
 
 def test_the_schedule_example_ends_in_noise_and_trains(copy):
-    apply(example("A schedule"), copy)
     program = f"""
         from src.diffusion import test_diffusion
         test_diffusion()
         run("train.py {SMALL} --beta_schedule sigmoid")
     """
-    assert "step 4: validation loss" in execute(copy, program)
+    assert "step 4: validation loss" in execute(copy, "A schedule", program)
 
 
 def test_the_conditioning_example_trains_and_the_network_heeds_what_it_is_told(copy):
-    apply(example("A conditioning"), copy)
     program = f"""
         run("train.py {SMALL}")
         import torch
@@ -172,5 +169,5 @@ def test_the_conditioning_example_trains_and_the_network_heeds_what_it_is_told(c
         assert (dark != bright).float().mean() > 0.9
         assert build_diffusion(state["config"]).sample(model, x_t.shape, "dpm++", 5, y=grey).abs().max() <= 1
     """
-    assert "step 4: validation loss" in execute(copy, program)
+    assert "step 4: validation loss" in execute(copy, "A conditioning", program)
     assert list((copy / "outputs" / "samples").glob("*.png"))

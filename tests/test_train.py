@@ -226,6 +226,7 @@ def test_ctrl_c_while_torch_is_imported_shows_no_traceback(tmp_path, script):
 
 
 def test_each_script_takes_a_list_and_runs_in_a_thread_as_in_a_notebook(run, monkeypatch):
+    """wandb/wandb issue 834: signal only works in main thread."""
     monkeypatch.chdir(run.folder)
     calls = [(train, [*run.flags(), "--max_steps", 3]), (sample, ["--num_samples", 2]), (evaluate, ["--loss"])]
     calls += [(export, ["--weights_only"]), (export, ["--help"]), (export, ["--nope"])]
