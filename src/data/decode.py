@@ -102,9 +102,10 @@ def to_uint8(image: Image.Image | np.ndarray | torch.Tensor, size: int | None, c
                 note(image, "sides of more than 2:1; the square in the middle is used, {min:.2g}% of the longest", share)
             if side < size:
                 note(image, f"fewer than {size} pixels a side, the smallest {{min}}: enlarged", side)
-        picture, turn = rgb if channels == 3 else rgb.convert("L"), None
+        turn = None
         with contextlib.suppress(Exception):  # as many kinds as there are ways to damage EXIF data; the pixels are whole
             turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+        picture = rgb if channels == 3 else rgb.convert("L")
         picture = picture if turn is None else picture.transpose(turn)
         with contextlib.suppress(Exception):  # last, because to count the frames Pillow goes through them, also damaged ones
             if (further := getattr(image, "n_frames", 1) - 1) > 0:
