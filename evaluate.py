@@ -4,6 +4,7 @@ FID and its relatives by default; --nll, --loss and --nearest for the rest. docs
 """
 
 from src.runtime import early
+from src.runtime.folders import add_checkpoint_flags
 
 if __name__ == "__main__":
     early.settle()  # before torch is imported
@@ -29,7 +30,6 @@ from src.runtime.build import build_validation
 from src.runtime.distributed import World
 from src.runtime.flags import CLASSES, PATH, TRUTH, FlagParser, Kind, command_line, number, print_idle, whole
 from src.runtime.pipeline import add_drawing_flags, check_drawing_flags
-from src.runtime.runs import add_checkpoint_flags
 from src.runtime.settings import KINDS
 from src.runtime.signals import StopRequest, run_script
 from src.utils import FlagError, UserError, count

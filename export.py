@@ -24,9 +24,8 @@ from src.model import Attention, UNet, norm_groups
 from src.runtime.build import build_diffusion, build_model
 from src.runtime.checkpoint import TO_DRAW, TO_TRAIN, VERSION, load_checkpoint, load_weights
 from src.runtime.flags import PATH, TRUTH, FlagParser, choice, command_line
-from src.runtime.folders import FolderLock
+from src.runtime.folders import FolderLock, add_checkpoint_flags, choose_checkpoint
 from src.runtime.resume import FREE
-from src.runtime.runs import add_checkpoint_flags, choose_checkpoint
 from src.runtime.settings import Settings, as_text
 from src.runtime.sheets import zoom_of
 from src.runtime.signals import run_script

@@ -28,9 +28,8 @@ from src.progress import Bar, duration
 from src.runtime.device import describe
 from src.runtime.distributed import World
 from src.runtime.flags import CLASSES, PATH, TRUTH, FlagParser, command_line, kind, number, whole
-from src.runtime.folders import BESIDE, next_folder, picture_folder, pictures_of
-from src.runtime.pipeline import Pipeline, add_drawing_flags, check_drawing_flags
-from src.runtime.runs import add_checkpoint_flags, choose_checkpoint, tell
+from src.runtime.folders import BESIDE, add_checkpoint_flags, choose_checkpoint, next_folder, picture_folder, pictures_of
+from src.runtime.pipeline import Pipeline, add_drawing_flags, check_drawing_flags, tell
 from src.runtime.settings import KINDS
 from src.runtime.sheets import class_columns, save_gif, sheet
 from src.runtime.signals import StopRequest, run_script

@@ -18,8 +18,8 @@ from src.progress import Bar, duration
 from src.runtime.build import open_images
 from src.runtime.device import describe, pick_device
 from src.runtime.distributed import World
+from src.runtime.folders import choose_checkpoint
 from src.runtime.pipeline import Pipeline
-from src.runtime.runs import choose_checkpoint
 from src.utils import FlagError, UserError, atomic_file, count, numbered, take_free, writing
 
 SPLITS = ("train", "val")

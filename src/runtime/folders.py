@@ -1,5 +1,5 @@
-"""Which run owns a folder: one at a time on it, none among the previews and curves of another, and pictures that are all
-drawn alike."""
+"""Runs by name, and which run owns a folder: one at a time on it, none among the previews and curves of another, and pictures
+that are all drawn alike."""
 
 import contextlib
 import json
@@ -7,13 +7,15 @@ import os
 import re
 import shlex
 import socket
+from argparse import Namespace
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
 from src.runtime.distributed import World
-from src.utils import UserError, atomic_file, make_folders, reading, reason, take_free, writing
+from src.runtime.flags import PATH, RUN
+from src.utils import FlagError, UserError, atomic_file, make_folders, reading, reason, take_free, writing
 
 BESIDE = ("grid.png", "labels.csv", "samples.npz", "denoising.gif", "interpolation.png", "interpolation.gif")
 RUNS = Path("checkpoints")
@@ -35,6 +37,30 @@ def no_checkpoint(path: Path) -> str:
     advice = ["Run 'python train.py' first"] if path == RUNS / "best.pth" or not others else []  # it was no run by name
     advice += [f"{'or choose' if advice else 'Choose'} one of: {', '.join(others[:8])}"] if others else []
     return f"No checkpoint at {path}. {', '.join(advice)}."
+
+
+def add_checkpoint_flags(group: Any) -> None:
+    comment = "name of a run: its checkpoint is checkpoints/NAME/best.pth, its outputs lie below outputs/NAME"
+    group.add_argument("--run", **RUN, default="", help=comment)
+    group.add_argument("--checkpoint", **PATH, help="the checkpoint (default: checkpoints/[NAME/]best.pth)")
+
+
+def choose_checkpoint(flags: Namespace) -> None:
+    """Settle flags.checkpoint and flags.run, each by the other where it alone is given. Raises UserError."""
+    if typed := flags.checkpoint:
+        for folder in map(os.path.abspath, (typed, RUNS / typed)):
+            if os.path.dirname(folder) == str(RUNS.absolute()) and os.path.isdir(folder):
+                raise FlagError(f"--checkpoint: {typed} is a run, expected a file. Use --run {os.path.basename(folder)}.")
+        folder = Path(os.path.abspath(typed)).parent
+        if not flags.run and folder.parent == RUNS.absolute():
+            flags.run = folder.name
+        return
+    best, latest = (RUNS / flags.run / name for name in ("best.pth", "latest.pth"))
+    flags.checkpoint = str(best)
+    with reading(best):
+        if latest.exists() and not best.exists():  # stopped before its first validation
+            print(f"note: there is no {best} yet, so this is {latest}")
+            flags.checkpoint = str(latest)
 
 
 class FolderLock:

@@ -1,10 +1,12 @@
 """A checkpoint ready to draw, for the scripts: the flags that say how to draw, and the drawing itself."""
 
 import hashlib
+import math
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,10 +21,11 @@ from src.runtime.checkpoint import TO_DRAW, load_checkpoint, load_weights
 from src.runtime.device import InPrecision, compiled, pick_device, pick_precision, place, should_compile, synchronize
 from src.runtime.distributed import World
 from src.runtime.flags import Kind, choice, number, print_idle, whole
-from src.runtime.settings import KINDS
+from src.runtime.folders import choose_checkpoint, known_checkpoints
+from src.runtime.settings import KINDS, as_flags, changed_from_defaults
 from src.runtime.sheets import caption
 from src.samplers import SAMPLERS, SPACINGS, Noise
-from src.utils import FlagError, to_uint8
+from src.utils import FlagError, count, to_uint8
 
 DEFAULT_STEPS = {"ddim": 50, "dpm++": 20}  # ddpm takes all that the model was trained with
 GIF_FRAMES, GIF_IMAGES = 50, 16  # the most that denoising.gif shows
@@ -197,3 +200,26 @@ class Pipeline:
                 frames.append([to_uint8(images[:GIF_IMAGES]) for images in (x, x_0)])
             bar.update()
         return to_uint8(x)
+
+
+def tell(flags: Namespace, config: ModuleType | None) -> None:
+    """Print what the checkpoint holds; without --checkpoint and --run, which runs there are. config: config.py, if any."""
+    if not flags.checkpoint and not flags.run:
+        for path in known_checkpoints():
+            print(path, "of", time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime)))
+        return print("python sample.py --run NAME --about tells more, as does --checkpoint PATH --about")
+    choose_checkpoint(flags)
+    state = load_checkpoint(Path(flags.checkpoint), TO_DRAW, mmap=True)
+    s, classes, step, loss = state["config"], state["classes"], state.get("step", 0), state.get("best_loss", math.inf)
+    images = "".join(f", {about['images']:,} in {split}" for split, about in state.get("data", {}).items())
+    changed = {name: new for name, _, new in (changed_from_defaults(s, config) if config else [])}
+    for title, words in {
+        "checkpoint": f"{flags.checkpoint}, {Path(flags.checkpoint).stat().st_size / 1e6:,.1f} MB",
+        "trained": f"{count(step, 'step')}, {count(state.get('epoch', 0), 'epoch')}" if step else "it does not say how long",
+        "validation": f"{loss:.5f}, the lowest loss so far" if math.isfinite(loss) else "not done yet",
+        "data": f"{s.DATASET}, {s.IMAGE_SIZE}x{s.IMAGE_SIZE}{images}",
+        "classes": f"{len(classes)}{'' if s.CLASS_CONDITIONAL else ', not used'}: {', '.join(classes[:20])}",
+        "network": f"{sum(weight.numel() for weight in state['ema'].values()):,} parameters",
+        "settings": f"other than in config.py: {as_flags(changed)}" if changed else "as in config.py" if config else "",
+    }.items():
+        print(f"{title:<11}{words}")
