@@ -73,7 +73,7 @@ def ended_unheard(run, setup):
 SLOW_DECODING = """
 import time, src.data.folder
 open_image = src.data.folder.open_image
-src.data.folder.open_image = lambda path: time.sleep(0.1) or open_image(path)
+src.data.folder.open_image = lambda path: time.sleep(1) or open_image(path)
 """
 
 
