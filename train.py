@@ -10,8 +10,6 @@ if __name__ == "__main__":
 
 import contextlib
 import math
-import os
-import shlex
 import sys
 from collections.abc import Sequence
 
@@ -184,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body(stop: StopRequest) -> None:
         nonlocal run
-        run = resolve(config, [*shlex.split(os.environ.get("DDPM_FLAGS", "")), *command_line(argv)], DATASETS, network_of)
+        run = resolve(config, command_line(argv, "DDPM_FLAGS"), DATASETS, network_of)
         with World.join() as world, contextlib.ExitStack() as held:
             names = ("CHECKPOINT_PATH", "OUTPUT_PATH", "LOG_PATH") if world.is_main else ()
             for folder, name in {run.settings.folder(name): name for name in names}.items():

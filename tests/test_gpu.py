@@ -5,6 +5,9 @@ a mistake in a test is found where minutes are cheap.
 """
 
 import os
+import shlex
+import subprocess
+import sys
 from copy import deepcopy
 
 import pytest
@@ -21,6 +24,7 @@ from src.noise import PictureNoise
 from src.runtime.device import InPrecision
 from src.samplers import SAMPLERS
 from src.utils import to_uint8
+from tests.runs import ROOT
 
 DEVICE = torch.device(os.environ.get("GPU_TEST_DEVICE", "cuda"))
 CPU = torch.device("cpu")
@@ -236,3 +240,16 @@ def test_a_compiled_norm_in_channels_last_at_the_size_of_pytorch_issue_140913(is
         results.append([y, *torch.autograd.grad(y.square().mean(), [x, layer.weight, layer.bias])])
     for here, there in zip(*results):
         assert distance([here], [there]) < 1e-4
+
+
+def test_a_run_that_goes_on_is_the_run_that_never_stopped(tmp_path):
+    """Real processes. To 1e-4: kernels on a GPU may add up in another order each time."""
+    words = "--dataset shapes --image_size 16 --unet_dim 16 --dim_mults 1,2 --num_res_blocks 1 --compile false --precision fp32"
+    words += f" --device {DEVICE.type} --batch_size 8 --warmup_steps 5 --val_images 8 --num_samples 2 --preview_steps 2"
+    for run, steps in (("whole", 8), ("parts", 5), ("parts", 8)):
+        command = [sys.executable, ROOT / "train.py", *shlex.split(words), "--run", run, "--max_steps", str(steps)]
+        subprocess.run(command, cwd=tmp_path, check=True, timeout=300)
+    paths = [tmp_path / "checkpoints" / run / "latest.pth" for run in ("whole", "parts")]
+    whole, parts = (torch.load(path, weights_only=True, map_location="cpu") for path in paths)
+    assert parts["step"] == 8
+    torch.testing.assert_close(parts["ema"], whole["ema"], atol=1e-4, rtol=1e-4)

@@ -1,6 +1,7 @@
 """A dataset decoded once to a file of uint8, which is mapped into memory from then on."""
 
 import errno
+import glob
 import hashlib
 import json
 import math
@@ -102,7 +103,8 @@ def write_cache(cache: Path, task: Task, fingerprint: str, num_workers: int) -> 
     dataset, shape = task.dataset, task.shape
     with writing(cache, "--cache_path", f"It needs {math.prod(shape) / 1e6:,.0f} MB."):
         make_folders(cache.parent)
-        for part in cache.parent.glob(f".{cache.name[:100]}.part-*"):  # of killed runs; one that is alive writes all the time
+        # Of killed runs; one that is alive writes all the time.
+        for part in cache.parent.glob(f".{glob.escape(cache.name[:100])}.part-*"):
             with suppress(OSError):  # it may be another user's
                 if time.time() - part.stat().st_mtime > ABANDONED:
                     part.unlink()

@@ -8,6 +8,7 @@ import argparse
 import difflib
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
@@ -124,9 +125,14 @@ def expected(kind: Mapping[str, Any]) -> str:
     return f"{', '.join(words)} or {last}" if words else last
 
 
-def command_line(argv: Sequence[Any] | None) -> list[str]:
-    """What was typed behind the name of the script, or what a notebook hands to its main()."""
-    return sys.argv[1:] if argv is None else [str(word) for word in argv]
+def command_line(argv: Sequence[Any] | None, variable: str = "") -> list[str]:
+    """What was typed behind the name of the script, or what a notebook hands to its main(). variable: of the environment; its
+    flags come first. Raises FlagError."""
+    try:
+        before = shlex.split(os.environ.get(variable, ""))
+    except ValueError as error:  # a quote that is not closed
+        raise FlagError(f"The environment has {variable}={os.environ[variable]!r}: {error}. Correct or unset it.") from None
+    return before + (sys.argv[1:] if argv is None else [str(word) for word in argv])
 
 
 class FlagParser(argparse.ArgumentParser):

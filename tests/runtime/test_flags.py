@@ -11,7 +11,7 @@ import evaluate
 import export
 import sample
 from src.runtime.device import pick_precision
-from src.runtime.flags import ELSEWHERE, PATH, TRUTH, FlagParser, choice, whole, wholes
+from src.runtime.flags import ELSEWHERE, PATH, TRUTH, FlagParser, choice, command_line, whole, wholes
 from src.runtime.settings import resolve
 from src.utils import FlagError
 
@@ -252,3 +252,11 @@ def test_another_script_has_flags_of_the_same_manner(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         parser.parse(["--help"])
     assert ended.value.code == 0 and "100% of them (default: 20)" in capsys.readouterr().out
+
+
+def test_flags_of_the_environment_come_first_and_an_open_quote_there_is_one_sentence(monkeypatch):
+    monkeypatch.setenv("DDPM_FLAGS", "--run 'my run'")
+    assert command_line(["--seed", 1], "DDPM_FLAGS") == ["--run", "my run", "--seed", "1"]
+    monkeypatch.setenv("DDPM_FLAGS", "--run 'my run")
+    with pytest.raises(FlagError, match=r"environment has DDPM_FLAGS=.*: No closing quotation\. Correct or unset it\.$"):
+        command_line([], "DDPM_FLAGS")
