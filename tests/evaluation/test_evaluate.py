@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -248,3 +249,28 @@ def test_an_interrupted_call_keeps_the_sections_that_are_done(tiny, capsys, monk
     assert evaluate.main(argv) == 130
     (path,) = Path(argv[3]).glob("*.json")
     assert {*json.loads(path.read_text())} == {"protocol", "loss"}
+
+
+class Enough(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("typed", "idle"),
+    [
+        ("--fid --val_images 5 --log_path x", "val_images log_path"),
+        ("--loss --reference val --kid_subset_size 5 --num_samples 9", "reference kid_subset_size num_samples"),
+        ("--nll --features random --samples val", "samples features"),
+        ("--fid --samples val --num_samples 9 --guidance 2 --steps 5", "num_samples guidance steps"),
+        ("--fid --samples val --weights raw --precision fp32 --seed 3", "weights precision seed"),
+        ("--fid --nearest --seed 3 --steps 5 --weights raw", ""),
+    ],
+)
+def test_flags_that_have_no_effect_are_named(typed, idle, monkeypatch, capsys):
+    def end(*_):
+        raise Enough
+
+    monkeypatch.setattr(evaluate, "Evaluation", end)
+    with pytest.raises(Enough):
+        evaluate.evaluate(evaluate.read_flags(typed.split()), World())
+    assert sorted(re.findall(r"note: --(\w+) has no effect", capsys.readouterr().out)) == sorted(idle.split())
