@@ -66,7 +66,7 @@ def read_flags(argv: Sequence[str]) -> Namespace:
          "network: inception, a file of Inception weights, random (no download), vgg16, ... (default: inception)"),
         ("--kid_subset_size", whole(2, 1_000_000), 1000, "pictures in each of KID's 100 subsets (default: 1000)"),
         ("--seed", KINDS["SEED"], 0, "which series of pictures; of --nll, which t and noise (default: 0)"),
-        ("--classes", CLASSES, "", "classes to draw, in turn (default: all)"),
+        ("--classes", CLASSES, "", "classes to draw, one picture of each, then again (default: all)"),
         ("--guidance", number(0, 100), 1.0, "1 follows the class, 0 ignores it, more exaggerates it (default: 1)"),
     ]  # fmt: skip
     bound: Flags = [

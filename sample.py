@@ -72,7 +72,7 @@ def read_flags(argv: Sequence[str]) -> Namespace:
         ("--num_samples", whole(1, 1_000_000), 64, "how many pictures (default: 64)"),
         ("--seed", KINDS["SEED"], 0, "which series of pictures (default: 0)"),
         ("--start_index", INDEX, 0, "number of the first picture, to draw a later part of the same series (default: 0)"),
-        ("--classes", CLASSES, "", f"{CLASSES['type'].__name__}; pictures take them in turn (default: all)"),
+        ("--classes", CLASSES, "", f"{CLASSES['type'].__name__}; one picture of each, then again (default: all)"),
         ("--guidance", number(0, 100), 1.0,
          "1 follows the class, 0 ignores it, 2 to 4 exaggerate it at twice the cost (default: 1)"),
         ("--interpolate", POINTS, None, "walk from the first picture to the next, or through A,B,... (index or seed:index)"),
@@ -100,7 +100,7 @@ def read_flags(argv: Sequence[str]) -> Namespace:
 
 
 class Series:
-    """Pictures in a row, from --start_index on, the classes in turn. numbers: of the pictures.   about: what they depend on,
+    """Pictures in a row, from --start_index on, one of each class, then again. numbers: of the pictures.   about: what they depend on,
     beside the settings.   label(i): the class of picture i.   start: as Pipeline.series takes it.   sheet, columns, shown: its
     file and what is in it, None for all pictures.   caption(i): what stands below picture i."""
 

@@ -173,7 +173,7 @@ def to_8_bits(image: Image.Image) -> Image.Image:
     grey = np.asarray(image)
     finite = grey[np.isfinite(grey)] if grey.dtype.kind == "f" else grey
     pixels = scaled(grey, *range_of(image, finite.min(initial=0), finite.max(initial=0), grey.dtype.kind == "f"))
-    if getattr(image, "tag_v2", {}).get(262) == 0:  # a TIFF in which 0 is white; Pillow minds that with 8 bits only
+    if getattr(image, "tag_v2", {}).get(262) == 0:  # a TIFF in which 0 is white; Pillow heeds that with 8 bits only
         pixels = 255 - pixels
     if "transparency" in image.info:
         pixels[grey == image.info["transparency"]] = 255

@@ -105,7 +105,7 @@ class Pipeline:
         self.sampler, self.spacing, self.eta, self.guidance = flags.sampler, flags.spacing, flags.eta, flags.guidance
 
     def label(self, index: int) -> int | None:
-        """The class of picture number `index`: the classes in turn."""
+        """The class of picture number `index`: one picture of each class, then again."""
         return self.labels[index % len(self.labels)] if self.labels else None
 
     def caption(self, label: int | None) -> str:

@@ -22,7 +22,7 @@ KNOWN += ["AppleSDGothicNeo.ttc", "segoeui.ttf", "msyh.ttc", "malgun.ttf"]
 
 
 def class_columns(classes: int) -> int:
-    """Columns of a sheet whose pictures take the classes in turn: about 10, and each column holds one class if it can."""
+    """Columns of a sheet of one picture of each class, then again: about 10, and each column holds one class if it can."""
     return 10 // classes * classes or 10
 
 
