@@ -100,9 +100,12 @@ def read_flags(argv: Sequence[str]) -> Namespace:
 
 
 class Series:
-    """Pictures in a row, from --start_index on, one of each class, then again. numbers: of the pictures.   about: what they depend on,
-    beside the settings.   label(i): the class of picture i.   start: as Pipeline.series takes it.   sheet, columns, shown: its
-    file and what is in it, None for all pictures.   caption(i): what stands below picture i."""
+    """Pictures in a row, from --start_index on, one of each class, then again.
+
+    numbers: of the pictures.   about: what they depend on, beside the settings.   label(i): the class of picture i.
+    start: as Pipeline.series takes it.   sheet, columns, shown: its file and what is in it, None for all pictures.
+    caption(i): what stands below picture i.
+    """
 
     sheet = "grid.png"
 
