@@ -128,6 +128,13 @@ def most_passes(s: Settings, last_step: int) -> int:
     return 10 * last_step * s.BATCH_SIZE * s.GRAD_ACCUM_STEPS
 
 
+def preview_size(s: Settings, last_step: int) -> tuple[int, int]:
+    """How many pictures a preview shows, and the passes of the network for each: for the raw weights and the average, at every
+    step, with guidance twice."""
+    passes = 2 * min(s.PREVIEW_STEPS, s.TIME_STEPS) * (1 if s.guidance in (0, 1) else 2)
+    return max(1, min(s.NUM_SAMPLES, most_passes(s, last_step) // passes)), passes
+
+
 def number_of_draws(s: Settings, images: int, last_step: int | None = None) -> int:
     """Of the validation loss: one for each of VAL_IMAGES images, and where there are few FEWEST_DRAWS in all."""
     draws = max(min(s.VAL_IMAGES, images), FEWEST_DRAWS)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from src import noise
 from src.dataset import Batch, ValidationBatches
 from src.diffusion import GaussianDiffusion
-from src.runtime.checkpoint import Checkpoints, most_passes
+from src.runtime.checkpoint import Checkpoints, preview_size
 from src.runtime.distributed import World
 from src.runtime.monitor import Monitor
 from src.runtime.settings import Settings
@@ -67,8 +67,7 @@ class Judge:
         `sample.py --seed SEED`. [3, H, W] uint8."""
         s, device, classes = self.s, self.diffusion.signal.device, self.checkpoints.classes
         shape, steps = (s.CHANNELS, s.IMAGE_SIZE, s.IMAGE_SIZE), min(s.PREVIEW_STEPS, s.TIME_STEPS)
-        passes = steps * len(self.networks) * (1 if s.guidance in (0, 1) else 2)  # for one picture of each network
-        number = max(1, min(s.NUM_SAMPLES, most_passes(s, self.checkpoints.progress.last_step) // passes))
+        number, _ = preview_size(s, self.checkpoints.progress.last_step)
         pictures = torch.zeros(number, *shape, dtype=torch.uint8)
         labels = torch.arange(number) % len(classes)
         batches = torch.arange(number).split(self.world.local_batch_size(s.BATCH_SIZE))

@@ -20,7 +20,7 @@ from torch.utils.tensorboard import summary
 
 from src.dataset import TrainBatches, ValidationBatches
 from src.progress import Bar, Work
-from src.runtime.checkpoint import most_passes
+from src.runtime.checkpoint import preview_size
 from src.runtime.device import peak_memory
 from src.runtime.distributed import World
 from src.runtime.resume import FREE
@@ -181,8 +181,7 @@ def work_of(s: Settings, world: World, batches: TrainBatches, val_batches: Valid
     """What the first n steps cost this process, in network calls on one image: a training image costs three, a validation one
     for each draw, a preview one for each step of each picture of both networks. The time to go follows from it."""
     every, draws = s.VAL_EVERY * batches.steps_per_epoch, sum(map(len, val_batches.draws))
-    sheets = 2 * s.NUM_SAMPLES * min(s.PREVIEW_STEPS, s.TIME_STEPS) * (1 if s.guidance in (0, 1) else 2)
-    sheets = min(sheets, most_passes(s, last_step))
+    sheets = math.prod(preview_size(s, last_step))
 
     def work(n: float) -> float:
         validations, is_over = (n - 1) // every, n >= last_step  # the validation after step n itself is still to come
