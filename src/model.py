@@ -220,6 +220,31 @@ def parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def forward_gflop(model: UNet, image_size: int) -> float:
+    """10^9 multiplications and additions of the forward pass of one image: convolutions, linear layers and attention."""
+
+    def multiplications(part: nn.Module, side: int) -> int:
+        """side: pixels per side of what a convolution there gives."""
+        found = 0
+        for layer in part.modules():
+            if isinstance(layer, nn.Conv2d):
+                found += side**2 * layer.weight.numel()
+            elif isinstance(layer, nn.Linear):  # of the embedding, once an image; those of attention follow
+                found += layer.weight.numel()
+            elif isinstance(layer, Attention):
+                dim = layer.qkv.in_features
+                found += (side**2 - 1) * 4 * dim**2 + 2 * side**4 * dim  # q, k, v, out; then q k^T, and that times v
+        return found
+
+    sides = [image_size >> level for level in range(len(model.down))]
+    total = multiplications(model.time_mlp, 1) + multiplications(model.middle, sides[-1])
+    total += multiplications(model.stem, image_size) + multiplications(model.head, image_size)
+    for level, side in [*zip(model.down, sides), *zip(model.up, reversed(sides))]:
+        for name, part in level.items():
+            total += multiplications(part, {"blocks": side, "downsample": side // 2, "upsample": 2 * side}[name])
+    return 2 * total / 1e9
+
+
 def test_model() -> None:
     """Self-test of the default U-Net and its relatives, seconds on a CPU. Raises AssertionError where a law is broken."""
     torch.manual_seed(0)

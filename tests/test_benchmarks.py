@@ -14,7 +14,7 @@ import config
 from benchmarks import common, gpu, gpu_train, pack, profile_step, sample, train_step
 from src import model as plain
 from src.data.tiny_imagenet import TinyImageNet
-from src.model import parameter_count
+from src.model import forward_gflop, parameter_count
 from src.runtime import kernels
 from src.runtime.build import build_model, open_images
 from src.runtime.settings import resolve
@@ -56,8 +56,11 @@ def test_flops_are_two_per_multiplication():
     assert common.forward_gflop(Network(3, 5, 3, padding=1), 8) == pytest.approx(2 * 8 * 8 * 3 * 5 * 3 * 3 / 1e9)
 
 
-def test_the_default_network_takes_60_6_gflop_an_image():
-    assert common.forward_gflop(build_model(resolve(config, []).settings, 200), 64) == pytest.approx(60.6, rel=0.001)
+@pytest.mark.parametrize("words", ["", "--preset nature", "--preset demo", "--dim_mults 2,3 --attention_resolutions 64"])
+def test_the_plan_counts_the_flops_that_torch_counts(words):
+    s = resolve(config, shlex.split(words)).settings
+    model = build_model(s, 10)
+    assert forward_gflop(model, s.IMAGE_SIZE) == pytest.approx(common.forward_gflop(model, s.IMAGE_SIZE), rel=1e-6)
 
 
 def test_the_network_of_diffusers_has_the_shape_of_ours():

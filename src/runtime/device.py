@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from src.model import UNet
 from src.runtime.early import others
 from src.runtime.kernels import speed_up
 from src.utils import FlagError, count
@@ -76,7 +77,7 @@ class InPrecision(nn.Module):
             return self.model(*args)
 
 
-def place(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def place(model: UNet, device: torch.device, dtype: torch.dtype) -> UNet:
     """The same network on the device, in the memory layout and with the modules that are fastest there in `dtype`."""
     model.to(memory_format=torch.channels_last).to(device)  # type: ignore[call-overload]
     speed_up(model, device, dtype)

@@ -6,10 +6,9 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from torch import nn
 
 from src.dataset import OBTAIN, TrainBatches, ValidationBatches
-from src.model import parameter_count
+from src.model import UNet, forward_gflop, parameter_count
 from src.runtime.device import describe
 from src.runtime.flags import print_idle
 from src.runtime.settings import Run, Settings, as_text, changed_from_defaults
@@ -23,7 +22,7 @@ def print_plan(
     config: ModuleType,
     device: torch.device,
     dtype: torch.dtype,
-    model: nn.Module,
+    model: UNet,
     batches: TrainBatches,
     val_batches: ValidationBatches,
     step: int,
@@ -36,11 +35,12 @@ def print_plan(
     processes = s.BATCH_SIZE // batches.local_batch_size
     together = f"; {processes} processes of {batches.local_batch_size} images each" if processes > 1 else ""
     per_epoch = f"{batches.steps_per_epoch:,} an epoch, {count(batches.images_per_step, 'image')} each"
-    size = f"{s.IMAGE_SIZE}x{s.IMAGE_SIZE}"
+    size, gflop = f"{s.IMAGE_SIZE}x{s.IMAGE_SIZE}", forward_gflop(model, s.IMAGE_SIZE)
+    pflop = 3 * gflop * last_step * batches.images_per_step / 1e6  # a backward pass takes two forward passes
     for title, text in {
         "settings": (", ".join(changed) or "all defaults") + (f" ({', '.join(origin)})" if origin else ""),
         "device": f"{describe(device)}, {as_text(dtype).removeprefix('torch.')}{together}",
-        "network": f"{parameter_count(model):,} parameters",
+        "network": f"{parameter_count(model):,} parameters, {gflop:.3g} GFLOP forward an image, {pflop:,.2f} PFLOP in all",
         "images": f"{len(batches.images):,} for training, {len(val_batches.rows.unique()):,} for validation, {size}",
         "classes": class_line(s, batches.images.classes),
         "steps": f"{last_step:,} in all by {limit} ({per_epoch}), {done}",
