@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from src import noise
-from src.data.cache import open_or_decode
+from src.data.cache import Images, open_or_decode
 from src.data.cifar10 import CIFAR10, CIFAR_10
 from src.data.classes import find_labels, parse_classes, same_classes  # noqa: F401 (this is the one door to src/data)
 from src.data.folder import ImageFolder
 from src.data.from_torchvision import from_torchvision
-from src.data.images import Images
 from src.data.shapes import Shapes
 from src.data.tiny_imagenet import TINY_IMAGENET, TinyImageNet
+from src.data.workers import Task
 from src.utils import UserError, count
 
 # name -> function of (path, split "train" or "val", image_size) that gives a Dataset of (image, label).
@@ -85,9 +85,8 @@ def prepare(
     labels = find_labels(dataset, name, classes) if classes else None
     source = "" if name == "shapes" else os.path.abspath(path)  # shapes come from no folder
     other = (lambda: DATASETS[name](path, "val", image_size)) if split == "train" else list
-    images = open_or_decode(
-        dataset, name, split, image_size, source, Path(cache_path), num_workers, channels, skip_damaged, other
-    )
+    task = Task(dataset, channels, image_size, range(len(dataset)))
+    images = open_or_decode(task, name, split, source, Path(cache_path), num_workers, skip_damaged, other)
     chosen = images if labels is None else images.of_classes(labels)
     if not len(chosen):
         advice = "Choose more of them with --classes, or sort the images into folders train and val."

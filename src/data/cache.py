@@ -8,8 +8,9 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ import torch
 
 from src.data.damaged import Unreadable, noted
 from src.data.decode import to_uint8
-from src.data.images import Images
 from src.data.workers import Task, decoded
 from src.utils import UserError, atomic_file, count, make_folders, printable, reading, writing
 
@@ -26,45 +26,82 @@ FORMAT = 2  # of the cache file and of to_uint8; count up when either changes, a
 ABANDONED = 600  # seconds without a write after which a half-made cache is left over from a killed run
 
 
-class Overtaken(Exception):
-    """Another process has made the same cache meanwhile."""
+@dataclass
+class Images:
+    """Decoded images: image i is images[i], uint8 [C, S, S].
+
+    file: uint8 [M, C, S, S], all of the file `path`, mapped.   rows: int64 [N], which of them are these; all, if not given.
+    labels: int64 [N], in [0, len(classes)).
+    skipped: damaged pictures that the file leaves out.
+    fingerprint: 16 hex digits that follow from the decoded pixels, the labels and their order, and cost nothing at a start.
+        Moving, renaming or copying the data changes nothing. It notices an image that was added, removed, edited or put
+        into another class, and another image size. It does not notice new names that keep the order, nor bytes that
+        decode to the same pixels. Another version of Pillow may decode a JPEG to slightly different pixels.
+    """
+
+    file: np.ndarray
+    labels: torch.Tensor
+    classes: list[str]
+    class_ids: list[str]
+    path: Path
+    fingerprint: str = ""
+    rows: Any = None
+    skipped: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rows is None:
+            self.rows = np.arange(len(self.file))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """A copy of image number `index`, or of several: uint8 [K, C, S, S] for a slice or an array of numbers."""
+        return self.file[self.rows[index]]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self), *self.file.shape[1:])
+
+    def of_classes(self, labels: Sequence[int]) -> "Images":
+        """The images of these classes alone, numbered from 0 in this order. They stay where they are in the file."""
+        if list(labels) == list(range(len(self.classes))):
+            return self
+        number = torch.full((len(self.classes),), -1)
+        number[list(labels)] = torch.arange(len(labels))
+        is_chosen = number[self.labels] >= 0
+        digest = hashlib.sha256(f"{self.fingerprint} {list(labels)}".encode()).hexdigest()[:16]
+        classes, ids = ([names[label] for label in labels] for names in (self.classes, self.class_ids))
+        rows = self.rows[is_chosen.numpy()]
+        return Images(self.file, number[self.labels[is_chosen]], classes, ids, self.path, digest, rows)
 
 
 def open_or_decode(
-    dataset: Any,
-    name: str,
-    split: str,
-    image_size: int,
-    source: str,
-    cache_path: Path,
-    num_workers: int,
-    channels: int = 3,
-    skip_damaged: bool = False,
-    other: Callable[[], Any] = list,
+    task: Task, name: str, split: str, source: str, cache_path: Path, num_workers: int, skip_damaged: bool, other: Callable
 ) -> Images:
-    """The images of a dataset: from its cache file if that is there and still true, or decoded to it first.
+    """The images of a task: from their cache file if that is there and still true, or decoded to it first.
 
-    dataset: has a length and gives (image, label) by index.   source: absolute path of its data, "" if there is none.
+    name: of the dataset.   source: absolute path of its data, "" if there is none.
     skip_damaged: leave out pictures that cannot be decoded.   other: gives a dataset whose damaged pictures are named as well.
     num_workers: processes that decode; -1 is one per core, 0 is this process. Several runs may do this at once: each writes a
     file of its own and renames it. Raises UserError: an image that cannot be decoded, a cache that cannot be read or written.
     """
+    dataset, channels, size, _ = task
     digits = hashlib.sha256(os.fsencode(source)).hexdigest()[:8]  # tell one source from another
-    cache = cache_path / f"{name}-{split}-{image_size}{'-grey' * (channels == 1)}{source and '-' + digits}.npy"
+    cache = cache_path / f"{name}-{split}-{size}{'-grey' * (channels == 1)}{source and '-' + digits}.npy"
     damage = cache.with_suffix(".damaged.sh")
-    fingerprint = getattr(dataset, "fingerprint", None) or sampled_fingerprint(dataset, image_size)
+    fingerprint = getattr(dataset, "fingerprint", None) or sampled_fingerprint(dataset, size)
     images, stale = open_cache(cache, fingerprint, skip_damaged)
     if images is None:
         print(f"{name} {split}: decoding {count(len(dataset), 'image')} to {cache}" + (f" ({stale})" if stale else ""))
-        task = Task(dataset, channels, image_size, range(len(dataset)))
         try:
             write_cache(cache, task, fingerprint, num_workers)
         except Unreadable as error:
             rows = sorted({*task.rows} - {row for row, *_ in error.faults})
             if not skip_damaged or not rows:
-                data, faults = other(), [*error.faults]
+                rest, faults = other(), [*error.faults]
                 try:
-                    for _ in decoded(Task(data, channels, image_size, range(len(data))), num_workers):
+                    for _ in decoded(task._replace(dataset=rest, rows=range(len(rest))), num_workers):
                         pass  # for the faults alone
                 except Unreadable as more:
                     faults += more.faults
@@ -79,7 +116,7 @@ def open_or_decode(
     if split == "train" and (empty := sorted({*range(len(images.classes))} - {*images.labels.tolist()})):
         print(f"note: {count(len(empty), 'class has', 'classes have')} no picture to train on; e.g. {images.classes[empty[0]]}")
     found = f"{count(len(images), 'image')} of {count(len(images.classes), 'class', 'classes')}"
-    print(f"{name} {split}: {found} at {image_size}x{image_size}, from {cache}")
+    print(f"{name} {split}: {found} at {size}x{size}, from {cache}")
     return images
 
 
@@ -111,7 +148,7 @@ def write_cache(cache: Path, task: Task, fingerprint: str, num_workers: int) -> 
         if math.prod(shape) > shutil.disk_usage(cache.parent).free:  # said before the work
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         content, all_labels = hashlib.sha256(str(shape).encode()), []
-        with suppress(Overtaken), atomic_file(cache) as file:
+        with suppress(FileExistsError), atomic_file(cache) as file:
             np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
             for images, labels in decoded(task, num_workers):
                 file.write(images.data)
@@ -135,7 +172,7 @@ def write_cache(cache: Path, task: Task, fingerprint: str, num_workers: int) -> 
             np.save(file, np.array(json.dumps(about)))
             is_made, _ = open_cache(cache, fingerprint, len(task.rows) < len(dataset))
             if is_made:  # it may be mapped by then, on another machine or on Windows: leave it
-                raise Overtaken
+                raise FileExistsError
 
 
 def open_cache(cache: Path, fingerprint: str, skip_damaged: bool) -> tuple[Images | None, str]:

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from src.data import cache
 from src.data.cache import open_or_decode
 from src.data.folder import ImageFolder
+from src.data.workers import Task
 from src.dataset import DATASETS, DeviceImages, prepare
 from src.utils import UserError
 
@@ -39,8 +40,9 @@ class Numbered(Dataset):
         return torch.full((3, 8, 8), number, dtype=torch.uint8), label
 
 
-def decode(dataset, folder, workers=0, split="train"):
-    return open_or_decode(dataset, "mine", split, 8, "/data/mine", Path(folder), workers)
+def decode(dataset, folder, workers=0, size=8):
+    task = Task(dataset, 3, size, range(len(dataset)))
+    return open_or_decode(task, "mine", "train", "/data/mine", Path(folder), workers, skip_damaged=False, other=list)
 
 
 def pictures(folder, count=6):
@@ -185,7 +187,7 @@ def test_the_fingerprint_notices_another_picture_label_order_and_size(tmp_path):
     turned.items.reverse()
     kinds = [Numbered(), Numbered(9), other, relabelled, turned]
     found = {decode(kind, tmp_path / str(i)).fingerprint for i, kind in enumerate(kinds)}
-    found.add(open_or_decode(Numbered(), "mine", "train", 16, "", tmp_path, 0).fingerprint)
+    found.add(decode(Numbered(), tmp_path, size=16).fingerprint)
     assert len(found) == 6
 
 
