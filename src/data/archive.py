@@ -25,6 +25,7 @@ from src.utils import UserError, count, make_folders, reading, stand_in, writing
 
 MAX_BYTES = 4 << 30  # of an archive, unpacked; tiny-imagenet has 0.25 GB, cifar10 0.18 GB
 MAX_ENTRIES = 1_000_000  # files and folders in an archive; tiny-imagenet has 120,000
+DAMAGED = (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, ValueError, RuntimeError)
 ABANDONED = 86400  # seconds after which a half-unpacked folder is left over from a killed run
 
 
@@ -58,7 +59,7 @@ class Published(NamedTuple):
 
     def beside(self, path: Path) -> list[Path]:
         """The archives beside the folder from which it may come."""
-        names = [path.name + kind_of(self.archive), *[self.archive] * (path.name == self.folder or path.exists())]
+        names = [f"{path.name}.zip", f"{path.name}.tar.gz", *[self.archive] * (path.name == self.folder or path.exists())]
         return [archive for archive in map(path.with_name, names) if archive.is_file()]
 
     def elsewhere(self, path: Path) -> str:
@@ -73,26 +74,24 @@ class Published(NamedTuple):
             return inside[0] if len(inside) == 1 else path
         return path
 
-    def incomplete(self, path: Path, what: str) -> UserError:
-        """The advice never deletes, since the folder `path` may hold other things, and does not lead back to here."""
-        root = self.root(path)
+    def incomplete(self, root: Path, what: str) -> UserError:
+        """The advice never deletes, since the folder may hold other things, and does not lead back to here."""
         if not (root / self.holds).exists():
             with contextlib.suppress(UserError):
-                if pictures := find_pictures(path)[0]:
+                if pictures := find_pictures(root)[0]:
                     what += f", but {count(len(pictures), 'picture')}: to train on these, add --dataset folder"
-        advice = f"Name another folder with --data_path, or get {self.title} with {self.elsewhere(path)}."
+        advice = f"Name another folder with --data_path, or get {self.title} with {self.elsewhere(root)}."
         return UserError(f"{root} is not a whole {self.title}: {what}. {advice}")
 
-    def read(self, path: Path, name: str) -> str:
-        """The text of a file in the root of the folder `path`. Raises UserError."""
-        file = self.root(path) / name
-        with reading(file, "Fix its permissions, or name another folder with --data_path."):
+    def read(self, root: Path, name: str) -> str:
+        """The text of a file in the folder. Raises UserError."""
+        with reading(root / name, "Fix its permissions, or name another folder with --data_path."):
             try:
-                return file.read_text(encoding="utf-8-sig")  # without the byte-order mark of Windows
+                return (root / name).read_text(encoding="utf-8-sig")  # without the byte-order mark of Windows
             except FileNotFoundError:
-                raise self.incomplete(path, f"it has no {name}") from None
+                raise self.incomplete(root, f"it has no {name}") from None
             except UnicodeDecodeError:
-                raise self.incomplete(path, f"{name} is not text in UTF-8") from None
+                raise self.incomplete(root, f"{name} is not text in UTF-8") from None
 
 
 class Member(NamedTuple):
@@ -100,13 +99,8 @@ class Member(NamedTuple):
 
     name: str
     size: int  # bytes, unpacked
-    is_folder: bool
     is_plain: bool  # no link, device, password or rare compression
-    open: Callable[[], IO[bytes] | None]
-
-
-def kind_of(archive: str) -> str:
-    return ".tar.gz" if archive.endswith((".tar.gz", ".tgz")) else ".zip"
+    unpack: Callable[[Path], object]  # into a folder: the name and at most `size` bytes, no owner or permission
 
 
 def zip_members(file: IO[bytes]) -> Iterator[Member]:
@@ -114,14 +108,15 @@ def zip_members(file: IO[bytes]) -> Iterator[Member]:
     for info in archive.infolist():
         is_zipped = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) and not info.flag_bits & 1
         is_plain = is_zipped and stat.S_IFMT(info.external_attr >> 16) in (0, stat.S_IFREG, stat.S_IFDIR)
-        yield Member(info.filename, info.file_size, info.is_dir(), is_plain, partial(archive.open, info))
+        yield Member(info.filename, info.file_size, is_plain, partial(archive.extract, info))
 
 
 def tar_members(file: IO[bytes]) -> Iterator[Member]:
     stream = gzip.GzipFile(fileobj=file)
     archive = tarfile.TarFile(fileobj=stream)
     for info in archive:
-        yield Member(info.name, info.size, info.isdir(), info.isreg() or info.isdir(), partial(archive.extractfile, info))
+        unpack = partial(archive.extract, info, set_attrs=False, filter="data")
+        yield Member(info.name, info.size, info.isreg() or info.isdir(), unpack)
     while stream.read(1 << 20):  # on to the checksum of the whole
         pass
 
@@ -132,7 +127,8 @@ def extract(path: str | os.PathLike, folder: str | os.PathLike, holds: str) -> N
     The files collect beside it in a folder of this process, which takes the name in one rename and is removed on any failure,
     Ctrl-C included. Raises UserError for an archive that is damaged, too large, or reaches outside its folder.
     """
-    path, folder, kind = Path(path), Path(folder), kind_of(str(path))
+    path, folder = Path(path), Path(folder)
+    kind = "zip" if path.suffix == ".zip" else "tar.gz"
     with contextlib.ExitStack() as undo:
         with reading(path):
             file = undo.enter_context(open(path, "rb"))
@@ -144,15 +140,15 @@ def extract(path: str | os.PathLike, folder: str | os.PathLike, holds: str) -> N
         part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.part-", dir=folder.parent))
         undo.callback(shutil.rmtree, part, ignore_errors=True)
         try:
-            found = zip_members(file) if kind == ".zip" else tar_members(file)
+            found = zip_members(file) if kind == "zip" else tar_members(file)
             top, members = safe_members(found, path, holds)
             needed = sum(member.size for member in members)
             if needed > shutil.disk_usage(part).free:
                 raise OSError(errno.ENOSPC, f"unpacking {path.name} needs {needed / 1e6:,.0f} MB")
             for member in Bar(members, desc="unpacking", unit=" file"):
-                write(member, part / "all" / PurePosixPath(member.name))
-        except (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
-            what = stand_in(path) or f"is not a whole {kind[1:]} archive ({error})"
+                member.unpack(part / "all")
+        except DAMAGED as error:
+            what = stand_in(path) or f"is not a whole {kind} archive ({error})"
             advice = "Move it elsewhere and run the same command again to download it afresh."
             raise UserError(f"{path} {what}. {advice}") from error
         if hasattr(os, "sync"):
@@ -164,15 +160,6 @@ def extract(path: str | os.PathLike, folder: str | os.PathLike, holds: str) -> N
         except OSError:
             if not (folder / holds).exists():  # otherwise another process was faster
                 raise
-
-
-def write(member: Member, target: Path) -> None:
-    """Names and bytes alone: no link, owner or permission of an archive reaches the disk. No more bytes than declared, then
-    the checksum: a bomb ends there."""
-    (target if member.is_folder else target.parent).mkdir(parents=True, exist_ok=True)
-    if not member.is_folder and (source := member.open()):
-        with source, open(target, "wb") as file:
-            shutil.copyfileobj(source, file)
 
 
 def safe_members(found: Iterator[Member], path: Path, holds: str) -> tuple[PurePosixPath, list[Member]]:

@@ -25,19 +25,18 @@ class CIFAR10(Dataset):
     """
 
     def __init__(self, path: str | os.PathLike, split: str):
-        given = Path(os.path.abspath(path))
-        with reading(given, MOVE_IT):
-            root = CIFAR_10.root(given)
-            self.classes = CIFAR_10.read(given, CIFAR_10.holds).split()
+        with reading(path, MOVE_IT):
+            root = CIFAR_10.root(Path(os.path.abspath(path)))
+            self.classes = CIFAR_10.read(root, CIFAR_10.holds).split()
             sizes = {}
             for name in FILES["train"] + FILES["val"]:
                 if not (root / name).is_file():
-                    raise CIFAR_10.incomplete(given, f"it has no {name}")
+                    raise CIFAR_10.incomplete(root, f"it has no {name}")
                 sizes[name] = (root / name).stat().st_size
         whole = max(1, -(-max(sizes.values()) // RECORD)) * RECORD
         for name, size in sizes.items():
             if size != whole:
-                raise CIFAR_10.incomplete(given, f"{name} has {count(size, 'byte')}, expected {whole:,}")
+                raise CIFAR_10.incomplete(root, f"{name} has {count(size, 'byte')}, expected {whole:,}")
         if whole != OFFICIAL * RECORD:
             found = count(whole // RECORD, "picture")
             print(f"note: each file in {root} has {found}; each of the official set has {OFFICIAL:,}")
@@ -49,7 +48,7 @@ class CIFAR10(Dataset):
             if labels.max() >= len(self.classes):
                 at, classes = int(labels.argmax()), count(len(self.classes), "class", "classes")
                 what = f"picture {at:,} of {name} has label {labels[at]}, and {CIFAR_10.holds} has {classes}"
-                raise CIFAR_10.incomplete(given, what)
+                raise CIFAR_10.incomplete(root, what)
         self.records = np.concatenate(parts)
         state = [(name, size, (root / name).stat().st_mtime_ns) for name, size in sizes.items()]
         self.fingerprint = hashlib.sha256(f"{self.classes} {state}".encode()).hexdigest()

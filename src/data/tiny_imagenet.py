@@ -20,12 +20,11 @@ class TinyImageNet(Files):
     """
 
     def __init__(self, path: str | os.PathLike, split: str):
-        given = Path(os.path.abspath(path))
-        with reading(given, MOVE_IT):
-            root = TINY_IMAGENET.root(given)
-            class_ids = list(dict.fromkeys(TINY_IMAGENET.read(given, "wnids.txt").split()))
+        with reading(path, MOVE_IT):
+            root = TINY_IMAGENET.root(Path(os.path.abspath(path)))
+            class_ids = list(dict.fromkeys(TINY_IMAGENET.read(root, "wnids.txt").split()))
             if not class_ids or not (root / split).exists():
-                raise TINY_IMAGENET.incomplete(given, f"it has no {split}" if class_ids else "its wnids.txt is empty")
+                raise TINY_IMAGENET.incomplete(root, f"it has no {split}" if class_ids else "its wnids.txt is empty")
         label_of = {wnid: label for label, wnid in enumerate(class_ids)}
         found, passed_over = find_pictures(root / split)
         pairs = [(label_of[picture.parts[0]], picture.entry) for picture in found if picture.parts[0] in label_of]
@@ -33,18 +32,18 @@ class TinyImageNet(Files):
         rest = {picture.entry.name: picture.entry for picture in found if picture.parts[0] not in label_of}
         if split == "val" and (rest or not pairs):
             have = {entry.name for _, entry in pairs}
-            rows = [line.split() for line in TINY_IMAGENET.read(given, "val/val_annotations.txt").splitlines()]
+            rows = [line.split() for line in TINY_IMAGENET.read(root, "val/val_annotations.txt").splitlines()]
             label_by_name = {row[0]: label_of[row[1]] for row in rows if len(row) > 1 and row[1] in label_of}
             aside = {Path(name).stem for name in passed_over.get(".damaged", [])}  # by the list of damaged pictures
             if missing := sorted(label_by_name.keys() - have - rest.keys() - aside):
                 lacks = f"{count(len(missing), 'picture')} of val_annotations.txt"
-                raise TINY_IMAGENET.incomplete(given, f"it lacks {lacks}, e.g. {missing[0]}")
+                raise TINY_IMAGENET.incomplete(root, f"it lacks {lacks}, e.g. {missing[0]}")
             chosen = {name: rest.pop(name) for name in sorted(rest) if name in label_by_name}
             pairs += [(label_by_name[name], entry) for name, entry in chosen.items() if name not in have]
         labels = [label for label, _ in pairs]
         if empty := sorted(set(label_of.values()) - set(labels)):
             of = f"{len(empty)} of {count(len(class_ids), 'class', 'classes')}"
-            raise TINY_IMAGENET.incomplete(given, f"{split} has no pictures for {of}, e.g. {class_ids[empty[0]]}")
+            raise TINY_IMAGENET.incomplete(root, f"{split} has no pictures for {of}, e.g. {class_ids[empty[0]]}")
         passed_over.pop(".txt", None)  # lists of boxes
         passed_over |= {"without a label": list(rest)} if rest else {}
         if passed_over:
@@ -54,6 +53,6 @@ class TinyImageNet(Files):
             print(f"note: {root / split} has {size}; the official set has {OFFICIAL[split]:,} of 200")
         words: dict[str, str] = {}  # "n01443537": "goldfish, Carassius auratus"; a class that it lacks is named by its id
         if (root / "words.txt").exists():
-            words = dict(line.split("\t", 1) for line in TINY_IMAGENET.read(given, "words.txt").splitlines() if "\t" in line)
+            words = dict(line.split("\t", 1) for line in TINY_IMAGENET.read(root, "words.txt").splitlines() if "\t" in line)
         names = [words.get(wnid, wnid).split(",")[0].strip() for wnid in class_ids]
         super().__init__([entry for _, entry in pairs], labels, names, class_ids)

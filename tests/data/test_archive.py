@@ -112,6 +112,8 @@ DAMAGE = {
         *ANY,
         lambda data: data.replace(b"\0\0\x08\0", b"\0\0\x63\0"),  # a way of compression that there is not
         lambda data: data.replace(b"PK\x01\x02\x14\x03\x14\0\0\0", b"PK\x01\x02\x14\x03\x14\0\x01\0"),  # a password
+        lambda data: data.replace(b"PK\x01\x02\x14\x03\x14", b"PK\x01\x02\x14\x03\xff"),  # a version that there is not
+        lambda data: data.replace(b"\x14\0\0\0\x08\0", b"\x14\0\0\x08\x08\0").replace(b"top/1", b"top/\xff"),  # not UTF-8
     ],
     "tar.gz": [
         *ANY,
