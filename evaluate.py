@@ -4,7 +4,6 @@ FID and its relatives by default; --nll, --loss and --nearest for the rest. docs
 """
 
 from src.runtime import early
-from src.runtime.folders import add_checkpoint_flags
 
 if __name__ == "__main__":
     early.settle()  # before torch is imported
@@ -28,13 +27,14 @@ from src.evaluation.report import Evaluation, conclude, say
 from src.progress import Bar, duration
 from src.runtime.build import build_validation
 from src.runtime.distributed import World
-from src.runtime.flags import CLASSES, PATH, TRUTH, FlagParser, Kind, command_line, number, print_idle, whole
-from src.runtime.pipeline import add_drawing_flags, check_drawing_flags
-from src.runtime.settings import KINDS
+from src.runtime.flags import PATH, TRUTH, FlagParser, Rows, command_line, print_idle, whole
+from src.runtime.folders import WHICH_CHECKPOINT
+from src.runtime.pipeline import HOW_TO_DRAW, WHICH_SERIES, check_drawing_flags
 from src.runtime.signals import StopRequest, run_script
 from src.utils import FlagError, UserError, count
 
 LOSS_BINS = 20
+NEAREST = whole(1, 1_000_000) | {"nargs": "?", "const": 16}
 FEWEST = 10  # pictures that the Inception Score, precision and recall need
 NETWORKS = ["inception", "random", "vgg16", *(f"dinov2-vit-{size}-14" for size in "sblg")]
 NETWORKS += [f"clip-{name}" for name in ("rn50", "rn101", "rn50x4", "rn50x16", "rn50x64")]
@@ -43,54 +43,38 @@ NETWORKS += [f"clip-vit-{name}" for name in ("b-32", "b-16", "l-14", "l-14-336px
 
 def read_flags(argv: Sequence[str]) -> Namespace:
     """The flags, each checked by itself. Raises FlagError."""
-    parser = FlagParser(
-        "evaluate.py",
-        usage="python evaluate.py [--run NAME] [--fid] [--nll] [--loss] [--nearest] [--flag VALUE ...]",
-        description="Measure a checkpoint. Without --fid, --nll, --loss or --nearest it does what --fid does.\n"
-        "  python evaluate.py --run demo --loss --nll\n  python evaluate.py --run demo --num_samples 2000",
-    )
     source = PATH | {"metavar": "SOURCE"}
-    Flags = list[tuple[str, Kind, Any, str]]
-    what: Flags = [
-        ("--fid", TRUTH, False, "FID, KID, Inception Score, precision and recall of drawn pictures"),
-        ("--nll", TRUTH, False, "the variational bound on validation pictures, in bits per dimension"),
-        ("--loss", TRUTH, False, "the validation loss of train.py, and the loss of the noise by t"),
-        ("--nearest", whole(1, 1_000_000) | {"nargs": "?", "const": 16}, None,
-         "the training pictures nearest to the first N drawn (alone: 16)"),
-    ]  # fmt: skip
-    distribution: Flags = [
-        ("--num_samples", whole(1, 1_000_000), 10_000, "pictures to draw (default: 10000)"),
-        ("--samples", source, None, "measure these instead of drawn ones: train, val, a folder or an .npz"),
-        ("--reference", source, "train", "what to compare with: train, val, a folder or an .npz (default: train)"),
-        ("--features", PATH | {"metavar": "NAME"}, None,
-         "network: inception, a file of Inception weights, random (no download), vgg16, ... (default: inception)"),
-        ("--kid_subset_size", whole(2, 1_000_000), 1000, "pictures in each of KID's 100 subsets (default: 1000)"),
-        ("--seed", KINDS["SEED"], 0, "which series of pictures; of --nll, which t and noise (default: 0)"),
-        ("--classes", CLASSES, "", "classes to draw, one picture of each, then again (default: all)"),
-        ("--guidance", number(0, 100), 1.0, "1 follows the class, 0 ignores it, more exaggerates it (default: 1)"),
-    ]  # fmt: skip
-    bound: Flags = [
-        ("--val_images", whole(2), None, "validation pictures (default: VAL_IMAGES of the checkpoint)"),
-        ("--nll_steps", whole(1, 100_000), None, "steps t drawn for each picture (default: 20)"),
-        ("--exact", TRUTH, False, "every step t for each picture instead"),
+    features = "network: inception, a file of Inception weights, random (no download), vgg16, ... (default: inception)"
+    rows: Rows = [
+        "what to measure",
+        *WHICH_CHECKPOINT,
+        ("fid", TRUTH, False, "FID, KID, Inception Score, precision and recall of drawn pictures"),
+        ("nll", TRUTH, False, "the variational bound on validation pictures, in bits per dimension"),
+        ("loss", TRUTH, False, "the validation loss of train.py, and the loss of the noise by t"),
+        ("nearest", NEAREST, None, "the training pictures nearest to the first N drawn (alone: 16)"),
+        "--fid, --nearest",
+        ("num_samples", whole(1, 1_000_000), 10_000, "pictures to draw"),
+        ("samples", source, None, "measure these instead of drawn ones: train, val, a folder or an .npz"),
+        ("reference", source, "train", "what to compare with: train, val, a folder or an .npz"),
+        ("features", PATH | {"metavar": "NAME"}, None, features),
+        ("kid_subset_size", whole(2, 1_000_000), 1000, "pictures in each of KID's 100 subsets"),
+        *WHICH_SERIES,
+        "--nll, --loss",
+        ("val_images", whole(2), None, "validation pictures (default: VAL_IMAGES of the checkpoint)"),
+        ("nll_steps", whole(1, 100_000), None, "steps t drawn for each picture, by --seed (default: 20)"),
+        ("exact", TRUTH, False, "every step t for each picture instead"),
+        "how",
+        *HOW_TO_DRAW,
+        "where",
+        ("output_dir", PATH, None, "folder of the JSON with figures and protocol (default: outputs/[NAME/]evaluation)"),
+        ("npz", TRUTH, False, "also the drawn pictures, as arr_0, uint8 [N, H, W, 3]"),
+        ("data_path", PATH, None, "where the checkpoint's dataset is (default: DATA_PATH of the checkpoint)"),
+        ("cache_path", PATH, None, "where decoded pictures and features are (default: CACHE_PATH of the checkpoint)"),
+        ("log_path", PATH, None, "TensorBoard folder of the curves by t (default: LOG_PATH of the checkpoint)"),
     ]
-    where: Flags = [
-        ("--output_dir", PATH, None, "folder of the JSON with figures and protocol (default: outputs/[NAME/]evaluation)"),
-        ("--npz", TRUTH, False, "also the drawn pictures, as arr_0, uint8 [N, H, W, 3]"),
-        ("--data_path", PATH, None, "where the checkpoint's dataset is (default: DATA_PATH of the checkpoint)"),
-        ("--cache_path", PATH, None, "where decoded pictures and features are kept (default: CACHE_PATH of the checkpoint)"),
-        ("--log_path", PATH, None, "TensorBoard folder of the curves by t (default: LOG_PATH of the checkpoint)"),
-    ]  # fmt: skip
-    groups = {"what to measure": what, "--fid, --nearest": distribution, "--nll, --loss": bound, "how": [], "where": where}
-    for title, listed in groups.items():
-        group = parser.add_argument_group(title)
-        if title == "what to measure":
-            add_checkpoint_flags(group)
-        for flag, kind, default, comment in listed:
-            group.add_argument(flag, **kind, default=default, help=comment)
-        if title == "how":
-            add_drawing_flags(group)
-    flags = parser.parse(argv)
+    description = "Measure a checkpoint. Without --fid, --nll, --loss or --nearest it does what --fid does."
+    examples = ["--run demo --loss --nll", "--run demo --num_samples 2000"]
+    flags = FlagParser("evaluate.py", rows, description, examples).parse(argv)
     flags.command = shlex.join(["python", "evaluate.py", *argv])
     flags.fid = flags.fid or not (flags.nll or flags.loss or flags.nearest)
     check_flags(flags)

@@ -23,8 +23,8 @@ from torch import Tensor
 from src.model import Attention, UNet, norm_groups
 from src.runtime.build import build_diffusion, build_model
 from src.runtime.checkpoint import TO_DRAW, TO_TRAIN, VERSION, load_checkpoint, load_weights
-from src.runtime.flags import PATH, TRUTH, FlagParser, choice, command_line
-from src.runtime.folders import FolderLock, add_checkpoint_flags, choose_checkpoint
+from src.runtime.flags import PATH, TRUTH, FlagParser, Rows, choice, command_line
+from src.runtime.folders import WHICH_CHECKPOINT, FolderLock, choose_checkpoint
 from src.runtime.resume import FREE
 from src.runtime.settings import Settings, as_text
 from src.runtime.sheets import zoom_of
@@ -37,19 +37,16 @@ Files = dict[str, bytes]  # content by path inside the output folder
 
 def read_flags(argv: Sequence[str]) -> Namespace:
     """The flags, each checked by itself. Raises FlagError."""
-    parser = FlagParser(
-        "export.py",
-        usage="python export.py [--run NAME] [--output_dir PATH] [--weights_only] [--dtype WORD]",
-        description="Write the averaged weights of a checkpoint as a folder that diffusers opens, or alone.\n"
-        "  python export.py --run demo\n  python export.py --checkpoint docs/shapes.pth --weights_only --dtype bf16",
-    )
-    what = parser.add_argument_group("what to write")
-    add_checkpoint_flags(what)
-    what.add_argument("--output_dir", **PATH, help="the folder to write (default: outputs/[NAME/]export)")
-    comment = "only weights.pth, a small checkpoint for sample.py, evaluate.py and train.py --init_from"
-    what.add_argument("--weights_only", **TRUTH, default=False, help=comment)
-    what.add_argument("--dtype", **choice(*DTYPES), default="fp32", help="of the weights: fp32, bf16, fp16 (default: fp32)")
-    return parser.parse(argv)
+    rows: Rows = [
+        "what to write",
+        *WHICH_CHECKPOINT,
+        ("output_dir", PATH, None, "the folder to write (default: outputs/[NAME/]export)"),
+        ("weights_only", TRUTH, False, "only weights.pth, for sample.py, evaluate.py and train.py --init_from"),
+        ("dtype", choice(*DTYPES), "fp32", "of the weights: fp32, bf16, fp16"),
+    ]
+    description = "Write the averaged weights of a checkpoint as a folder that diffusers opens, or alone."
+    examples = ["--run demo", "--checkpoint docs/shapes.pth --weights_only --dtype bf16"]
+    return FlagParser("export.py", rows, description, examples).parse(argv)
 
 
 # --- our U-Net as diffusers' UNet2DModel ------------------------------------------------------------------

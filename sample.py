@@ -27,9 +27,9 @@ from src.noise import PictureNoise, slerp
 from src.progress import Bar, duration
 from src.runtime.device import describe
 from src.runtime.distributed import World
-from src.runtime.flags import CLASSES, PATH, TRUTH, FlagParser, command_line, kind, number, whole
-from src.runtime.folders import BESIDE, add_checkpoint_flags, choose_checkpoint, next_folder, picture_folder, pictures_of
-from src.runtime.pipeline import Pipeline, add_drawing_flags, check_drawing_flags, tell
+from src.runtime.flags import PATH, TRUTH, FlagParser, Rows, command_line, kind, whole
+from src.runtime.folders import BESIDE, WHICH_CHECKPOINT, choose_checkpoint, next_folder, picture_folder, pictures_of
+from src.runtime.pipeline import HOW_TO_DRAW, WHICH_SERIES, Pipeline, check_drawing_flags, tell
 from src.runtime.settings import KINDS
 from src.runtime.sheets import class_columns, save_gif, sheet
 from src.runtime.signals import StopRequest, run_script
@@ -57,38 +57,29 @@ POINTS = kind(
 
 def read_flags(argv: Sequence[str]) -> Namespace:
     """The flags, each checked by itself. Raises FlagError."""
-    parser = FlagParser(
-        "sample.py",
-        usage="python sample.py [--run NAME] [--flag VALUE ...]",
-        description="Draw pictures from a checkpoint. Picture i depends on the checkpoint, the settings, --seed and i alone.\n"
-        "  python sample.py --run demo --guidance 2\n  python sample.py --checkpoint docs/shapes.pth --num_samples 16 --gif",
-    )
-    what = parser.add_argument_group("what to draw")
-    add_checkpoint_flags(what)
-    what.add_argument(
-        "--about", **TRUTH, default=False, help="only tell what the checkpoint holds, or alone which runs there are"
-    )
-    for flag, its_kind, default, comment in [
-        ("--num_samples", whole(1, 1_000_000), 64, "how many pictures (default: 64)"),
-        ("--seed", KINDS["SEED"], 0, "which series of pictures (default: 0)"),
-        ("--start_index", INDEX, 0, "number of the first picture, to draw a later part of the same series (default: 0)"),
-        ("--classes", CLASSES, "", f"{CLASSES['type'].__name__}; one picture of each, then again (default: all)"),
-        ("--guidance", number(0, 100), 1.0,
-         "1 follows the class, 0 ignores it, 2 to 4 exaggerate it at twice the cost (default: 1)"),
-        ("--interpolate", POINTS, None, "walk from the first picture to the next, or through A,B,... (index or seed:index)"),
-        ("--interp_steps", whole(2, 10_000), 10, "pictures from one of these to the next, both counted (default: 10)"),
-    ]:  # fmt: skip
-        what.add_argument(flag, **its_kind, default=default, help=comment)
-    add_drawing_flags(parser.add_argument_group("how"))
-    where = parser.add_argument_group("what to write")
-    where.add_argument("--output_dir", **PATH, help="folder for images/000000.png, ..., grid.png, labels.csv (default: the "
-                       "next free outputs/[NAME/]pictures/001, 002, ...); pictures that are there are kept")  # fmt: skip
-    where.add_argument("--npz", **TRUTH, default=False, help="also samples.npz: arr_0 uint8 [N, H, W, C], arr_1 the labels")
-    where.add_argument("--gif", **TRUTH, default=False, help="also denoising.gif, or with --interpolate interpolation.gif")
-    where.add_argument("--columns", **whole(1, 256), help="of the sheet (default: near a square, one class each, or one leg)")
-    where.add_argument("--zoom", **whole(1, 64), help="how wide a pixel gets in the sheet and GIFs (default: 96 / image size)")
-    where.add_argument("--overwrite", **TRUTH, default=False, help="remove pictures drawn with other settings first")
-    flags = parser.parse(argv)
+    out = "folder for images/, grid.png, ...; keeps pictures there (default: the next free outputs/[NAME/]pictures/001, ...)"
+    rows: Rows = [
+        "what to draw",
+        *WHICH_CHECKPOINT,
+        ("about", TRUTH, False, "only tell what the checkpoint holds, or alone which runs there are"),
+        ("num_samples", whole(1, 1_000_000), 64, "how many pictures"),
+        ("start_index", INDEX, 0, "number of the first picture, to draw a later part of the same series"),
+        *WHICH_SERIES,
+        ("interpolate", POINTS, None, "walk from the first picture to the next, or through A,B,... (index or seed:index)"),
+        ("interp_steps", whole(2, 10_000), 10, "pictures from one of these to the next, both counted"),
+        "how",
+        *HOW_TO_DRAW,
+        "what to write",
+        ("output_dir", PATH, None, out),
+        ("npz", TRUTH, False, "also samples.npz: arr_0 uint8 [N, H, W, C], arr_1 the labels"),
+        ("gif", TRUTH, False, "also denoising.gif, or with --interpolate interpolation.gif"),
+        ("columns", whole(1, 256), None, "of the sheet (default: near a square, one class each, or one leg)"),
+        ("zoom", whole(1, 64), None, "how wide a pixel gets in the sheet and GIFs (default: 96 / image size)"),
+        ("overwrite", TRUTH, False, "remove pictures drawn with other settings first"),
+    ]
+    description = "Draw pictures from a checkpoint. Picture i depends on the checkpoint, the settings, --seed and i alone."
+    examples = ["--run demo --guidance 2", "--checkpoint docs/shapes.pth --num_samples 16 --gif"]
+    flags = FlagParser("sample.py", rows, description, examples).parse(argv)
     check_drawing_flags(flags)
     if flags.interpolate and (flags.sampler.startswith("ddpm") or flags.eta):
         raise FlagError("--interpolate: needs a sampler without randomness; allowed are dpm++, and ddim with --eta 0.")

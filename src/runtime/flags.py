@@ -1,7 +1,7 @@
 """argparse for all scripts: kinds of values, and one sentence for each flag or value that is refused. Imports no torch.
 
-A kind is a dict of keyword arguments: `group.add_argument("--steps", **whole(1, 1000), help="...")`. Its type reads the text
-of a flag or the value of a constant, and has a name that completes "expected ...".
+A kind is a dict of keyword arguments: `group.add_argument("--steps", **whole(1, 1000))`. Its type reads the text of a flag or
+the value of a constant, and has a name that completes "expected ...".
 """
 
 import argparse
@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from src.utils import FlagError
 
 Kind = dict[str, Any]
+Rows = Sequence[str | tuple[str, Kind, Any, str]]  # the title of a group; a flag: name, kind, default, what --help says
 
 # What our flags are called in other repositories, also as the last words, two or more, of a name there: train_batch_size.
 # A hint names the first of ours that the script has.
@@ -136,16 +137,23 @@ def command_line(argv: Sequence[Any] | None, variable: str = "") -> list[str]:
 
 
 class FlagParser(argparse.ArgumentParser):
-    """argparse that raises FlagErrors. script: what one types behind `python`."""
+    """argparse that raises FlagErrors. script: what one types behind `python`.   examples: the flags of commands that work."""
 
-    def __init__(self, script: str, **options: Any):
-        layout = partial(argparse.RawDescriptionHelpFormatter, max_help_position=31)
-        super().__init__(script, allow_abbrev=False, add_help=False, formatter_class=layout, **options)
-        self.add_argument("--help", action="help", help="show this text and exit")
-
-    def format_help(self) -> str:
-        self._action_groups.sort(key=lambda group: group is self._optionals)  # --help last: one reads from the top
-        return super().format_help()
+    def __init__(self, script: str, rows: Rows, description: str = "", examples: Sequence[str] = (), **options: Any):
+        options |= {"usage": f"python {script} [--flag VALUE ...]", "allow_abbrev": False, "add_help": False}
+        options |= {"description": "\n  ".join([description, *(f"python {script} {words}" for words in examples)])}
+        options |= {"formatter_class": partial(argparse.RawDescriptionHelpFormatter, max_help_position=31)}
+        super().__init__(script, **options)
+        group: Any = self
+        for row in rows:
+            if isinstance(row, str):
+                group = self.add_argument_group(row)
+                continue
+            name, its_kind, default, comment = row
+            if default not in (None, "") and not isinstance(default, bool):
+                comment += f" (default: {default})"
+            group.add_argument(f"--{name}", **its_kind, default=default, help=comment.replace("%", "%%"))
+        self.add_argument_group("options").add_argument("--help", action="help", help="show this text and exit")
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """The flags, and as `typed` the names of those that were typed. Of two alike the last counts. Raises FlagError."""

@@ -14,13 +14,17 @@ from pathlib import Path
 from typing import IO, Any
 
 from src.runtime.distributed import World
-from src.runtime.flags import PATH, RUN
+from src.runtime.flags import PATH, RUN, Rows
 from src.utils import FlagError, UserError, atomic_file, make_folders, reading, reason, take_free, writing
 
 BESIDE = ("grid.png", "labels.csv", "samples.npz", "denoising.gif", "interpolation.png", "interpolation.gif")
 RUNS = Path("checkpoints")
 LOCK = ".ddpm.lock"  # not .lock: pictures may be drawn into a folder of another program
 SHIPPED = [Path(__file__).parents[2] / "docs" / name for name in ("nature.pth", "shapes.pth")]
+WHICH_CHECKPOINT: Rows = [
+    ("run", RUN, "", "name of a run: its checkpoint is checkpoints/NAME/best.pth, its outputs lie below outputs/NAME"),
+    ("checkpoint", PATH, None, "the checkpoint (default: checkpoints/[NAME/]best.pth)"),
+]
 
 
 def known_checkpoints() -> list[Path]:
@@ -37,12 +41,6 @@ def no_checkpoint(path: Path) -> str:
     advice = ["Run 'python train.py' first"] if path == RUNS / "best.pth" or not others else []  # it was no run by name
     advice += [f"{'or choose' if advice else 'Choose'} one of: {', '.join(others[:8])}"] if others else []
     return f"No checkpoint at {path}. {', '.join(advice)}."
-
-
-def add_checkpoint_flags(group: Any) -> None:
-    comment = "name of a run: its checkpoint is checkpoints/NAME/best.pth, its outputs lie below outputs/NAME"
-    group.add_argument("--run", **RUN, default="", help=comment)
-    group.add_argument("--checkpoint", **PATH, help="the checkpoint (default: checkpoints/[NAME/]best.pth)")
 
 
 def choose_checkpoint(flags: Namespace) -> None:

@@ -20,7 +20,7 @@ from src.runtime.build import build_diffusion, build_model
 from src.runtime.checkpoint import TO_DRAW, load_checkpoint, load_weights
 from src.runtime.device import InPrecision, compiled, pick_device, pick_precision, place, should_compile, synchronize
 from src.runtime.distributed import World
-from src.runtime.flags import Kind, choice, number, print_idle, whole
+from src.runtime.flags import CLASSES, Rows, choice, number, print_idle, whole
 from src.runtime.folders import choose_checkpoint, known_checkpoints
 from src.runtime.settings import KINDS, as_flags, changed_from_defaults
 from src.runtime.sheets import caption
@@ -31,22 +31,22 @@ DEFAULT_STEPS = {"ddim": 50, "dpm++": 20}  # ddpm takes all that the model was t
 GIF_FRAMES, GIF_IMAGES = 50, 16  # the most that denoising.gif shows
 
 
-def add_drawing_flags(group: Any) -> None:
-    """The flags that say how a checkpoint draws; `check_drawing_flags` says which go together."""
-    flags: list[tuple[str, Kind, Any, str]] = [
-        ("--sampler", choice(*SAMPLERS), "dpm++", ", ".join(SAMPLERS)),
-        ("--steps", whole(1, 100_000), None, "network calls per picture"),
-        ("--spacing", choice(*SPACINGS), "logsnr", "which steps: even in the log-SNR, or in t"),
-        ("--eta", number(0, 1), 0.0, "randomness of ddim, 0 none, 1 as much as ddpm"),
-        ("--weights", choice("ema", "raw"), "ema", "the running average of the weights, or the raw ones"),
-        ("--batch_size", whole(1, 100_000), 64, "pictures drawn at a time; changes none of them"),
-        ("--device", KINDS["DEVICE"], "auto", "auto, cuda, mps, cpu"),
-        ("--precision", KINDS["PRECISION"], "auto", "auto, fp32, bf16, fp16"),
-        ("--compile", KINDS["COMPILE"], "auto", "torch.compile: auto (on CUDA, from 2,000 calls on), true, false"),
-    ]
-    for flag, kind, default, comment in flags:
-        told = "all for ddpm, 50 for ddim, 20 for dpm++" if default is None else default
-        group.add_argument(flag, **kind, default=default, help=f"{comment} (default: {told})")
+WHICH_SERIES: Rows = [
+    ("seed", KINDS["SEED"], 0, "which series of pictures"),
+    ("classes", CLASSES, "", f"{CLASSES['type'].__name__}; one picture of each, then again (default: all)"),
+    ("guidance", number(0, 100), 1.0, "1 follows the class, 0 ignores it, 2 to 4 exaggerate it at twice the cost"),
+]
+HOW_TO_DRAW: Rows = [
+    ("sampler", choice(*SAMPLERS), "dpm++", ", ".join(SAMPLERS)),
+    ("steps", whole(1, 100_000), None, "network calls per picture (default: all for ddpm, 50 for ddim, 20 for dpm++)"),
+    ("spacing", choice(*SPACINGS), "logsnr", "which steps: even in the log-SNR, or in t"),
+    ("eta", number(0, 1), 0.0, "randomness of ddim, 0 none, 1 as much as ddpm"),
+    ("weights", choice("ema", "raw"), "ema", "the running average of the weights, or the raw ones"),
+    ("batch_size", whole(1, 100_000), 64, "pictures drawn at a time; changes none of them"),
+    ("device", KINDS["DEVICE"], "auto", "auto, cuda, mps, cpu"),
+    ("precision", KINDS["PRECISION"], "auto", "auto, fp32, bf16, fp16"),
+    ("compile", KINDS["COMPILE"], "auto", "torch.compile: auto (on CUDA, from 2,000 calls on), true, false"),
+]
 
 
 def check_drawing_flags(flags: Namespace) -> None:

@@ -115,9 +115,9 @@ def resolve(config: ModuleType, argv: Sequence[str], dataset_names: Any = None, 
     network_of: (folder of the run, checkpoint of --init_from) -> the settings that shape the network; None: no such settings.
     """
     constants, presets, sources = read_config(config)
-    flags = vars(train_flags(config, constants, presets, sources).parse(argv))  # only what was typed
-    of_run = {name: flags.pop(name) for name in Run._fields if name in flags}
-    typed = {name.upper(): value for name, value in flags.items()}
+    flags = vars(train_flags(config, constants, presets, sources).parse(argv))
+    of_run = {name: flags[name] for name in Run._fields if name in flags["typed"]}
+    typed = {name.upper(): flags[name] for name in flags["typed"] - of_run.keys()}
     changes = presets[of_run["preset"]] if "preset" in of_run else {}
     chosen, origin = constants | changes | typed, of_run.get("init_from")
     dataset, own = chosen["DATASET"], source_of(chosen["DATASET"], constants, sources)
@@ -138,33 +138,26 @@ def source_of(dataset: str, constants: Mapping[str, Any], sources: Mapping[str, 
 def train_flags(config: ModuleType, constants: Mapping[str, Any], presets: Mapping, sources: Mapping) -> FlagParser:
     """The flags of train.py: those of a run, then one for each constant, grouped as config.py is."""
     wrap = textwrap.TextWrapper(98, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
-    listed = [
-        [title, *(wrap.fill(f"{name}: {as_flags(changes)}") for name, changes in table.items() if changes)]
-        for title, table in {"presets:": presets, "datasets with a source of their own:": sources}.items()
-    ]
-    parser = FlagParser(
-        "train.py",
-        usage="python train.py [--preset NAME] [--flag VALUE ...]",
-        description="Train a diffusion model. A flag beats a preset, a preset beats config.py.\n"
-        "  python train.py --preset demo\n  python train.py --run birds --preset small --dataset folder --data_path birds",
-        epilog="\n".join(line for table in listed for line in table),
-        argument_default=argparse.SUPPRESS,
-    )
-    run = parser.add_argument_group("this run")
+    tables = []
+    for title, table in {"presets:": presets, "datasets with a source of their own:": sources}.items():
+        tables += [title, *(wrap.fill(f"{name}: {as_flags(changes)}") for name, changes in table.items() if changes)]
+    comments, groups = read_comments(config), {"this run": []}
     if presets:
-        run.add_argument("--preset", **choice(*presets, type=str, metavar="NAME"), help="a group of settings, listed below")
-    comments = read_comments(config)
-    groups = {section: parser.add_argument_group(section) for section in dict.fromkeys(c[0] for c in comments.values())}
+        kind = choice(*presets, type=str, metavar="NAME")
+        groups["this run"].append(("preset", kind, None, "a group of settings, listed below"))
     for name, kind in KINDS.items():
-        section, comment = comments.get(name, ("", ""))
-        comment = f"{comment} (default: {as_text(constants[name]) or 'none'})".strip().replace("%", "%%")
-        (run if name == "RUN" else groups.get(section, parser)).add_argument(f"--{name.lower()}", **kind, help=comment)
-    run.add_argument("--max_steps", **whole(1), help="optimizer steps in all, also past EPOCHS (default: EPOCHS alone)")
-    comment = "resume although settings of the training differ from the checkpoint's (default: false)"
-    run.add_argument("--accept_changes", **TRUTH, help=comment)
-    comment = "start a new run from the weights of this checkpoint, as far as they fit; it brings the shape of the network"
-    run.add_argument("--init_from", **PATH, help=comment)
-    return parser
+        section, comment = comments.get(name, ("settings", ""))
+        comment = f"{comment} (default: {as_text(constants[name]) or 'none'})".strip()
+        groups.setdefault("this run" if name == "RUN" else section, []).append((name.lower(), kind, None, comment))
+    groups["this run"] += [
+        ("max_steps", whole(1), None, "optimizer steps in all, also past EPOCHS (default: EPOCHS alone)"),
+        ("accept_changes", TRUTH, False, "resume although settings of the training differ from the checkpoint's"),
+        ("init_from", PATH, None, "start a new run with the network and the weights of this checkpoint, as far as they fit"),
+    ]
+    description = "Train a diffusion model. A flag beats a preset, a preset beats config.py."
+    examples = ["--preset demo", "--run birds --preset small --dataset folder --data_path birds"]
+    rows = [row for title, group in groups.items() for row in (title, *group)]
+    return FlagParser("train.py", rows, description, examples, epilog="\n".join(tables))
 
 
 def read_config(config: ModuleType) -> tuple[dict[str, Any], dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:

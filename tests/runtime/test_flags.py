@@ -231,12 +231,9 @@ def test_each_word_of_other_repositories_leads_to_a_flag_that_there_is():
 
 
 def test_another_script_has_flags_of_the_same_manner(monkeypatch, capsys):
-    parser = FlagParser("draw.py", description="Draw pictures.")
-    parser.add_argument("--steps", **whole(1, 50), default=20, help="steps, 100%% of them (default: %(default)s)")
-    parser.add_argument("--sizes", **wholes(1, 3, high=64), default=(8,))
-    parser.add_argument("--sampler", **choice("ddpm", "ddim", "dpm++"), default="ddpm")
-    parser.add_argument("--out", **PATH, default="~/pictures")
-    parser.add_argument("--gif", **TRUTH, default=False)
+    rows = [("steps", whole(1, 50), 20, "steps, 100% of them"), ("sizes", wholes(1, 3, high=64), (8,), "")]
+    rows += [("sampler", choice("ddpm", "ddim", "dpm++"), "ddpm", ""), ("out", PATH, "~/pictures", ""), ("gif", TRUTH, False, "")]
+    parser = FlagParser("draw.py", ["how", *rows], "Draw pictures.")
     monkeypatch.setenv("HOME", "/home/me")
     defaults = dict(steps=20, sizes=(8,), sampler="ddpm", out="/home/me/pictures", gif=False)
     assert vars(parser.parse([])) == defaults | {"typed": set()}
