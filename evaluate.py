@@ -238,12 +238,12 @@ def evaluate(flags: Namespace, world: World) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     def body(stop: StopRequest) -> None:
+        stop.out_of_memory = "Out of memory. Use a smaller --batch_size; it changes no figure."
         flags = read_flags(command_line(argv))
         with World.join() as world:
             evaluate(flags, world)
 
-    out_of_memory = "Out of memory. Use a smaller --batch_size; it changes no figure."
-    return run_script("evaluate.py", body, lambda: out_of_memory, "Stopped at once. Figures printed so far are in the JSON.")
+    return run_script("evaluate.py", body, "Stopped at once. Figures printed so far are in the JSON.")
 
 
 if __name__ == "__main__":

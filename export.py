@@ -246,9 +246,7 @@ def export(flags: Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_script(
-        "export.py", lambda stop: export(read_flags(command_line(argv))), lambda: "Out of memory.", "Stopped at once."
-    )
+    return run_script("export.py", lambda stop: export(read_flags(command_line(argv))), "Stopped at once.")
 
 
 if __name__ == "__main__":

@@ -174,10 +174,9 @@ def draw(pipeline: Pipeline, flags: Namespace, out: Path, series: Series | Walk)
     print(f"drawing    {count(len(missing), 'picture')} by {how}: about {duration(seconds)}")
 
     frames: list[list[Tensor]] | None = [] if is_wanted else None
-    steps = len(pipeline.world.shard(range(0, len(missing), flags.batch_size))) * pipeline.steps
-    with ThreadPoolExecutor(4) as pool, Bar(total=steps, unit="step", disable=not pipeline.world.is_main) as bar:
+    with ThreadPoolExecutor(4) as pool:
         saving: Iterable = ()
-        for batch, drawn in pipeline.series(missing, flags.batch_size, bar, series.start, frames):
+        for batch, drawn in pipeline.series(missing, flags.batch_size, series.start, frames):
             list(saving)  # the last batch is on the disk, or its error is raised here
             saving = pool.map(save, drawn, [out / "images" / f"{i:06}.png" for i in batch])
         list(saving)
@@ -269,6 +268,7 @@ def sample(flags: Namespace, world: World) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     def body(stop: StopRequest) -> None:
+        stop.out_of_memory = "Out of memory. Use a smaller --batch_size; it changes no picture."
         flags = read_flags(command_line(argv))
         if flags.about:
             config = None
@@ -278,9 +278,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with World.join() as world:
             sample(flags, world)
 
-    out_of_memory = "Out of memory. Use a smaller --batch_size; it changes no picture."
     stopped = "Stopped at once. The pictures written so far are whole, and the same command with this --output_dir goes on."
-    return run_script("sample.py", body, lambda: out_of_memory, stopped)
+    return run_script("sample.py", body, stopped)
 
 
 if __name__ == "__main__":

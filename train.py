@@ -19,16 +19,7 @@ from torch import nn
 from src import noise
 from src.dataset import DATASETS, DeviceImages, Images, same_classes
 from src.ema import EMA
-from src.runtime.build import (
-    build_batches,
-    build_diffusion,
-    build_model,
-    build_optimizer,
-    build_validation,
-    network_of,
-    open_images,
-    start_from,
-)
+from src.runtime.build import build_batches, build_diffusion, build_model, build_optimizer, build_validation, open_images
 from src.runtime.checkpoint import Checkpoints, Progress, find_latest
 from src.runtime.device import InPrecision, compiled, memory_advice, pick_device, pick_precision, place, should_compile
 from src.runtime.distributed import World
@@ -37,7 +28,7 @@ from src.runtime.folders import FolderLock, claim
 from src.runtime.judge import Judge
 from src.runtime.monitor import Meter, Monitor, work_of
 from src.runtime.plan import print_plan, print_summary
-from src.runtime.resume import check_data, check_length, check_resume
+from src.runtime.resume import check_data, check_length, check_resume, network_of, start_from
 from src.runtime.settings import Run, Settings, resolve
 from src.runtime.signals import StopRequest, run_script
 from src.utils import UserError, writing
@@ -105,16 +96,14 @@ def train(run: Run, world: World, stop: StopRequest) -> None:
             if judges:
                 judge()
             if saves:
-                monitor.flush()  # else a kill would lose points that the resumed run does not draw again
+                monitor.events.flush()  # else a kill would lose points that the resumed run does not draw again
                 checkpoints.save("latest")  # last: a run that was killed before this does again what came before
                 monitor.restart_clock(progress.step)
                 is_stopped = stop.agree(world)
     print_summary(s, progress.step, progress.last_step)
 
 
-def due(
-    s: Settings, world: World, stop: StopRequest, device: torch.device, checkpoints: Checkpoints
-) -> tuple[bool, bool, bool]:
+def due(s: Settings, world: World, stop: StopRequest, device: torch.device, checkpoints: Checkpoints) -> Sequence[bool]:
     """Whether to judge, to log and to save after the step just done. A signal and the clock may reach one process alone, and
     all must save together: several GPUs agree on that where they wait for each other in any case."""
     progress = checkpoints.progress
@@ -178,22 +167,16 @@ def stop_if_not_finite(s: Settings, meter: Meter, scaler: torch.amp.GradScaler, 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    run: Run | None = None
-
     def body(stop: StopRequest) -> None:
-        nonlocal run
         run = resolve(config, command_line(argv, "DDPM_FLAGS"), DATASETS, network_of)
+        stop.out_of_memory = memory_advice(run.settings.BATCH_SIZE, run.settings.GRAD_ACCUM_STEPS)
         with World.join() as world, contextlib.ExitStack() as held:
             names = ("CHECKPOINT_PATH", "OUTPUT_PATH", "LOG_PATH") if world.is_main else ()
             for folder, name in {run.settings.folder(name): name for name in names}.items():
                 held.enter_context(FolderLock(folder, f"--{name.lower()}"))
             train(run, world, stop)
 
-    def out_of_memory() -> str:
-        return memory_advice(run.settings.BATCH_SIZE, run.settings.GRAD_ACCUM_STEPS) if run else "Out of memory."
-
-    stopped = "Stopped at once. What was saved before is kept; the same command goes on."
-    return run_script("train.py", body, out_of_memory, stopped)
+    return run_script("train.py", body, "Stopped at once. What was saved before is kept; the same command goes on.")
 
 
 if __name__ == "__main__":

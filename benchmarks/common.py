@@ -48,7 +48,7 @@ def main(name: str, doc: str | None, measure: Callable[[Args], None], flags: Fla
     args = parser.parse_args()
     global clock
     clock = time.process_time if args.cpu_time else time.perf_counter
-    return run_script(f"benchmarks.{name}", lambda _: measure(args), lambda: "Out of memory. Use a smaller batch.", "Stopped.")
+    return run_script(f"benchmarks.{name}", lambda _: measure(args), "Stopped.")
 
 
 def settings_for(args: Args, **changes: Any) -> Settings:

@@ -185,9 +185,8 @@ def draw(args: Args) -> tuple[Pipeline, Images]:
         with np.load(args.npz) as kept:
             pixels, labels = torch.from_numpy(kept["arr_0"]).permute(0, 3, 1, 2), torch.from_numpy(kept["arr_1"])
     else:
-        with tqdm(disable=True) as bar:
-            drawn = pipeline.series(range(args.count), 50, bar, partial(pipeline.start, args.seed))
-            pixels = torch.cat([batch for _, batch in drawn])
+        drawn = pipeline.series(range(args.count), 50, partial(pipeline.start, args.seed))
+        pixels = torch.cat([batch for _, batch in drawn])
         labels = torch.tensor([pipeline.label(i) or 0 for i in range(args.count)])
     return pipeline, Images(pixels.numpy(), labels, pipeline.classes, pipeline.class_ids, Path())
 

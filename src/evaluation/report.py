@@ -14,7 +14,7 @@ import torch
 
 from src.dataset import Images, same_classes
 from src.evaluation.picture_set import PictureSet, read_set
-from src.progress import Bar, duration
+from src.progress import duration
 from src.runtime.build import open_images
 from src.runtime.device import describe, pick_device
 from src.runtime.distributed import World
@@ -102,10 +102,8 @@ class Evaluation:
         number = max(flags.num_samples if flags.fid else 0, flags.nearest or 0)
         say("drawing", f"{count(number, 'picture')}: about {duration(pipeline.prepare(number, flags.batch_size))}")
         pixels = torch.zeros(number, *pipeline.shape, dtype=torch.uint8)
-        steps = len(self.world.shard(range(0, number, flags.batch_size))) * pipeline.steps
-        with Bar(total=steps, unit="step", disable=not self.world.is_main) as bar:
-            for batch, images in pipeline.series(range(number), flags.batch_size, bar, partial(pipeline.start, flags.seed)):
-                pixels[batch[0] : batch[-1] + 1] = images
+        for batch, images in pipeline.series(range(number), flags.batch_size, partial(pipeline.start, flags.seed)):
+            pixels[batch[0] : batch[-1] + 1] = images
         return PictureSet(f"{flags.checkpoint}, drawn", self.world.sum(pixels).numpy())  # those of other processes are 0 here
 
     def drawing(self) -> dict[str, Any]:

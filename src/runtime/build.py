@@ -3,10 +3,6 @@
 train.py, sample.py and evaluate.py build through here, so the settings in a checkpoint always give the network back.
 """
 
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -14,42 +10,9 @@ from src import noise
 from src.dataset import DeviceImages, Images, TrainBatches, ValidationBatches, obtain, prepare
 from src.diffusion import GaussianDiffusion
 from src.model import UNet
-from src.runtime.checkpoint import TO_DRAW, CheckpointError, load_checkpoint, number_of_draws
+from src.runtime.checkpoint import number_of_draws
 from src.runtime.distributed import World
-from src.runtime.settings import Settings, as_flags, differences
-from src.utils import UserError
-
-# What --init_from takes from its checkpoint where it was not typed: the shape of the network and what it learned to predict.
-NETWORK = {"UNET_DIM", "DIM_MULTS", "NUM_RES_BLOCKS", "ATTENTION_RESOLUTIONS", "IMAGE_SIZE", "CHANNELS"}
-NETWORK |= {"TIME_STEPS", "BETA_SCHEDULE", "PREDICTION"}
-
-
-def network_of(folder: Path, init_from: str) -> dict[str, Any]:
-    """The NETWORK settings of the run's own checkpoint, or where there is none of that of --init_from. Raises UserError."""
-    try:
-        state = load_checkpoint(folder / "latest.pth", TO_DRAW, mmap=True)
-    except CheckpointError:
-        state = load_checkpoint(Path(init_from), TO_DRAW, mmap=True)
-    return {name: value for name, value in asdict(state["config"]).items() if name in NETWORK}
-
-
-def start_from(path: str, s: Settings, model: nn.Module) -> None:
-    """Take the averaged weights of a checkpoint where names and shapes agree, and say which. Raises UserError if few do."""
-    state, own = load_checkpoint(Path(path), TO_DRAW), model.state_dict()
-    taken = {name: weight for name, weight in state["ema"].items() if name in own and own[name].shape == weight.shape}
-    changed = {name: old for name, old, _ in differences(asdict(state["config"]), asdict(s))}
-    if 2 * len(taken) < len(own):
-        shape = {name: old for name, old in changed.items() if name in ("UNET_DIM", "DIM_MULTS", "NUM_RES_BLOCKS")}
-        raise UserError(
-            f"--init_from: {len(taken)} of this network's {len(own)} tensors have their shape in {path}, at least half are "
-            f"needed. Give its own settings: {as_flags(shape)}."
-        )
-    model.load_state_dict(own | taken)
-    anew = [name for name in own if name not in taken]
-    more = f" and {len(anew) - 5} more" if len(anew) > 5 else ""
-    print(f"weights    {len(taken)} of {len(own)} tensors from {path}; anew: {', '.join(anew[:5]) or 'none'}{more}")
-    for name in [name for name in ("PREDICTION", "BETA_SCHEDULE", "TIME_STEPS") if name in changed]:
-        print(f"Warning: {path} was trained with {as_flags({name: changed[name]})}, so its weights have to learn another task.")
+from src.runtime.settings import Settings
 
 
 def build_model(settings: Settings, num_classes: int) -> UNet:

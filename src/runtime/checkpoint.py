@@ -19,7 +19,7 @@ from src.dataset import Images, validation_draws
 from src.runtime.distributed import World
 from src.runtime.folders import no_checkpoint
 from src.runtime.settings import Settings, settings_from_dict
-from src.utils import UserError, atomic_file, flush_folder, numbered, reason, stand_in, take_free, writing
+from src.utils import UserError, atomic_file, flush_folder, numbered, reading, stand_in, take_free, writing
 
 VERSION = 2  # of the layout. This program reads its own version and older ones.
 FEWEST_DRAWS = 500  # of a validation: they choose the checkpoint that 2,000 choose (docs/recipes.md)
@@ -28,11 +28,7 @@ TO_TRAIN = ("model", "optimizer", "scaler", "meter")
 TO_RESUME = (*TO_DRAW, "step", "epoch", "best_loss", *TO_TRAIN)
 
 
-class CheckpointError(UserError):
-    """A checkpoint that cannot be used, and what to do about it."""
-
-
-class DamagedCheckpoint(CheckpointError):
+class DamagedCheckpoint(UserError):
     """A checkpoint that is not as it was written. An older one may serve."""
 
 
@@ -156,14 +152,13 @@ def other_measure(saved: Mapping[str, Any], settings: Settings, now: Mapping[str
 def load_checkpoint(path: Path, needs: Collection[str] = TO_RESUME, mmap: bool = False) -> dict[str, Any]:
     """Open a checkpoint on the CPU and check its checksums. needs: the entries it must have.
     mmap: read each tensor from the disk when it is first used.
-    Raises CheckpointError with a sentence for each way in which the file may be wrong."""
-    try:
-        with open(path, "rb") as file:
-            is_whole = zipfile.is_zipfile(file)  # torch writes zip files, whose index stands at the end
-    except FileNotFoundError:
-        raise CheckpointError(no_checkpoint(path)) from None
-    except OSError as error:
-        raise CheckpointError(f"Cannot read {path}: {reason(error)}. Fix its permissions, or use another one.") from None
+    Raises UserError with a sentence for each way in which the file may be wrong."""
+    with reading(path, "Fix its permissions, or use another one."):
+        try:
+            with open(path, "rb") as file:
+                is_whole = zipfile.is_zipfile(file)  # torch writes zip files, whose index stands at the end
+        except FileNotFoundError:
+            raise UserError(no_checkpoint(path)) from None
     if not is_whole:
         what = stand_in(path) or "is not a whole checkpoint: truncated, or written by another program"
         raise DamagedCheckpoint(f"{path} {what}. Use another one.")
@@ -173,15 +168,15 @@ def load_checkpoint(path: Path, needs: Collection[str] = TO_RESUME, mmap: bool =
         is_utf_8 = str(path).encode("utf-8", "ignore").decode() == str(path)  # torch maps no file of another name
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_utf_8)
     except pickle.UnpicklingError:
-        raise CheckpointError(f"{path} holds Python objects, which could run code when opened; it is refused.") from None
+        raise UserError(f"{path} holds Python objects, which could run code when opened; it is refused.") from None
     except (RuntimeError, EOFError, OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise DamagedCheckpoint(f"{path} is damaged ({str(error).splitlines()[0]}). Use another one.") from None
     if isinstance(state, dict) and "ema" in state and "classes" in state:
         state = {"version": 1, "class_ids": state["classes"]} | state  # for a file that was stripped by hand
     if not isinstance(state, dict) or not isinstance(state.get("version"), int):
-        raise CheckpointError(f"{path} is a file of another program: it has no version of this one's. Use another one.")
+        raise UserError(f"{path} is a file of another program: it has no version of this one's. Use another one.")
     if state["version"] > VERSION:
-        raise CheckpointError(
+        raise UserError(
             f"{path} has format version {state['version']}, this program reads up to {VERSION}. Update it (git pull)."
         )
     missing = [name for name in needs if name not in state]
@@ -189,9 +184,9 @@ def load_checkpoint(path: Path, needs: Collection[str] = TO_RESUME, mmap: bool =
         advice = f"A new run can start from its weights: add --init_from {shlex.quote(str(path))} --run NAME"
         if missing == ["model"]:
             advice = "Leave out --weights raw"
-        raise CheckpointError(f"{path} holds only what drawing needs: it lacks {', '.join(missing)}. {advice}.")
+        raise UserError(f"{path} holds only what drawing needs: it lacks {', '.join(missing)}. {advice}.")
     if missing:
-        raise CheckpointError(f"{path} lacks {', '.join(missing)}; another program wrote it. Use another one.")
+        raise UserError(f"{path} lacks {', '.join(missing)}; another program wrote it. Use another one.")
     if state["version"] == 1:
         state |= {part: with_names_of_version_2(state[part]) for part in ("model", "ema") if part in state}
     state["config"] = settings_from_dict(state["config"])
@@ -204,12 +199,12 @@ def with_names_of_version_2(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Put a checkpoint's weights into a network. Raises CheckpointError if the network is another one."""
+    """Put a checkpoint's weights into a network. Raises UserError if the network is another one."""
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         difference = " ".join(str(error).split("\n")[1].split())[:200].rstrip(".")
-        raise CheckpointError(
+        raise UserError(
             f"The checkpoint does not fit the network of src/model.py ({difference}). Undo what was changed there since, "
             f"use another one, or train anew under another name: --run NAME."
         ) from None
@@ -220,46 +215,39 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 def keep_previous(latest: Path) -> None:
     """Hard-link latest.pth to latest.previous.pth before replacing it, so that one older checkpoint is kept."""
-    if latest.exists():
-        previous = latest.with_name("latest.previous.pth")
-        link = latest.with_name(f".{previous.name}.part-link")
-        with contextlib.suppress(OSError):  # a file system without hard links keeps none
-            link.unlink(missing_ok=True)
-            os.link(latest, link)
-            os.replace(link, previous)
-            flush_folder(latest.parent)
+    previous = latest.with_name("latest.previous.pth")
+    link = latest.with_name(f".{previous.name}.part-link")
+    with contextlib.suppress(OSError):  # there is none yet; or a file system without hard links
+        link.unlink(missing_ok=True)
+        os.link(latest, link)
+        os.replace(link, previous)
+        flush_folder(latest.parent)
 
 
 def find_latest(folder: Path) -> dict[str, Any] | None:
     """The state to resume from: latest.pth, or if that is damaged or gone the newest checkpoint that loads, with a
-    warning. None if there is no checkpoint. Raises CheckpointError if there are some and none loads, or if latest.pth is
-    whole but not for this program."""
-    latest = folder / "latest.pth"
-    others = [path for path in folder.glob("*.pth") if path != latest]
-    damage: CheckpointError | None = None
+    warning. None if there is no checkpoint. Raises UserError if there are some and none loads, or if latest.pth is whole but
+    not for this program."""
+    latest, steps, reasons = folder / "latest.pth", dict[Path, int](), list[UserError]()
     if latest.exists():
         try:
             return load_checkpoint(latest)
         except DamagedCheckpoint as error:
-            damage = error
-    elif not others:
-        return None
-
-    steps, reasons = {}, [damage] if damage else []
-    for path in others:
+            reasons.append(error)
+    for path in {*folder.glob("*.pth")} - {latest}:
         try:
             steps[path] = load_checkpoint(path, mmap=True)["step"]
-        except CheckpointError as error:
+        except UserError as error:
             reasons.append(error)
+    if not steps and not reasons:
+        return None
     if not steps:
-        raise CheckpointError(
-            f"No checkpoint in {folder} loads. {reasons[0]} Restore one from a backup, or start anew under another name: "
-            f"--run NAME."
-        )
+        way_out = "Restore one from a backup, or start anew under another name: --run NAME."
+        raise UserError(f"No checkpoint in {folder} loads. {reasons[0]} {way_out}")
     newest = max(steps, key=lambda path: (steps[path], path))
-    if damage:
+    if latest.exists():
         aside = take_free(numbered(latest.with_name("latest.damaged")))  # an earlier one stays
         os.replace(latest, aside)
-        print(f"Warning: {damage} It was set aside as {aside}.", file=sys.stderr)
+        print(f"Warning: {reasons[0]} It was set aside as {aside}.", file=sys.stderr)
     print(f"Going on from {newest}, step {steps[newest]:,}, the newest that loads.", file=sys.stderr)
     return load_checkpoint(newest)

@@ -45,13 +45,14 @@ class Judge:
             val_loss = validate(self.world, self.diffusion, self.networks["ema"], batches)
         if not math.isfinite(val_loss):
             raise FloatingPointError(f"The validation loss after step {step:,} is not finite")
-        monitor.scalars(step, {"loss/val": val_loss, "progress/epoch": epoch})
+        monitor.events.scalar(step, "loss/val", val_loss)
+        monitor.events.scalar(step, "progress/epoch", epoch)
         monitor.bar.write(f"epoch {epoch}, step {step:,}: validation loss {val_loss:.5f}")
         if is_due(s.SAMPLE_EVERY):
             with self.stop.postponed("preview"):
                 sheets = {name: self.preview(network) for name, network in self.networks.items()}
             for name, picture in sheets.items():
-                monitor.image(step, f"samples/{name}", picture)
+                monitor.events.image(step, f"samples/{name}", picture)
             if self.world.is_main:
                 name = f"epoch_{epoch:03}.png" if ends_epoch else f"step_{step:06}.png"
                 with writing(path := s.folder("OUTPUT_PATH") / "samples" / name, "--output_path"):

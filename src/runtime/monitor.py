@@ -88,20 +88,29 @@ def finite(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class EventFile:
-    """A file of TensorBoard events. Each is written by the caller, so that a full disk raises OSError here and not in a
+    """A file of TensorBoard events. Each is written by the caller, so that a full disk raises UserError here and not in a
     thread. purge_step: TensorBoard hides what earlier files of the folder have from this step on."""
 
-    def __init__(self, folder: Path, purge_step: int | None = None):
-        make_folders(folder)
+    def __init__(self, folder: Path, purge_step: int | None = None, is_main: bool = True):
         name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"
-        self.records = RecordWriter(open(folder / name, "xb"))  # noqa: SIM115 (the user closes it)
+        self.folder = folder
+        with writing(folder, "--log_path"):
+            if is_main:
+                make_folders(folder)
+            file = open(folder / name if is_main else os.devnull, "wb")  # noqa: SIM115 (the user closes it)
+        self.records = RecordWriter(file)
         self.write(file_version="brain.Event:2")
         if purge_step:
             self.write(step=purge_step, session_log=SessionLog(status=SessionLog.START))
-        self.records.flush()
+        self.flush()
 
     def write(self, **fields: Any) -> None:
-        self.records.write(Event(wall_time=time.time(), **fields).SerializeToString())
+        with writing(self.folder, "--log_path"):
+            self.records.write(Event(wall_time=time.time(), **fields).SerializeToString())
+
+    def flush(self) -> None:
+        with writing(self.folder, "--log_path"):
+            self.records.flush()
 
     def scalar(self, step: int, tag: str, value: float) -> None:
         self.write(step=step, summary=summary.scalar(tag, value))
@@ -116,23 +125,19 @@ class EventFile:
         self.write(step=step, summary=summary.text(tag, f"| name | value |\n|---|---|\n{lines}"))
 
 
-class Monitor:
+class Monitor(contextlib.AbstractContextManager):
     """One run's TensorBoard events in LOG_PATH, and its progress bar, or lines of text where there is no terminal. In all
-    processes but the main one it does nothing.
+    processes but the main one they go nowhere.
 
     A run resumed after `first_step` steps hides what an earlier one wrote past it.
     """
 
     def __init__(self, s: Settings, world: World, device: torch.device, first_step: int, last_step: int, work: Work = float):
-        self.log_path, self.device = s.folder("LOG_PATH"), device
-        self.images_per_step = s.BATCH_SIZE * s.GRAD_ACCUM_STEPS
-        self.events: EventFile | None = None
-        if world.is_main:
-            with writing(self.log_path, "--log_path"):
-                self.events = EventFile(self.log_path, purge_step=first_step + 1)
-                kept = {name: value for name, value in asdict(s).items() if name not in FREE - {"EPOCHS", "PRECISION"}}
-                self.events.table(first_step, "settings", {f"--{name.lower()}": as_text(value) for name, value in kept.items()})
-        self.bar = Bar(total=last_step, initial=first_step, unit="step", disable=self.events is None, work=work)
+        self.device, self.is_main, self.images_per_step = device, world.is_main, s.BATCH_SIZE * s.GRAD_ACCUM_STEPS
+        self.events = EventFile(s.folder("LOG_PATH"), first_step + 1, world.is_main)
+        kept = {name: value for name, value in asdict(s).items() if name not in FREE - {"EPOCHS", "PRECISION"}}
+        self.events.table(first_step, "settings", {f"--{name.lower()}": as_text(value) for name, value in kept.items()})
+        self.bar = Bar(total=last_step, initial=first_step, unit="step", disable=not world.is_main, work=work)
         self.restart_clock(first_step)
 
     def restart_clock(self, step: int) -> None:
@@ -143,38 +148,20 @@ class Monitor:
         """A point of every curve after `step` steps, and the bar's figures."""
         speed = (step - self.clock_step) * self.images_per_step / max(time.perf_counter() - self.clock, 1e-9)
         memory = peak_memory(self.device)
-        self.scalars(step, values | {"speed/images_per_second": speed, "speed/peak_memory_GiB": memory})
+        for tag, value in (values | {"speed/images_per_second": speed, "speed/peak_memory_GiB": memory}).items():
+            self.events.scalar(step, tag, value)
         figures = f"loss {values.get('loss/train', math.nan):.4f}, {speed:,.1f} images/s, {memory:.1f} GiB"
         self.bar.set_postfix_str(figures, refresh=False)
         self.restart_clock(step)
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        self.write(lambda events: [events.scalar(step, tag, value) for tag, value in values.items()])
-
-    def image(self, step: int, tag: str, image: Tensor) -> None:
-        """image: [3, H, W] uint8."""
-        self.write(lambda events: events.image(step, tag, image))
-
-    def flush(self) -> None:
-        self.write(lambda events: events.records.flush())
-
-    def write(self, action: Any) -> None:
-        if self.events:
-            with writing(self.log_path, "--log_path"):
-                action(self.events)
-
     def track(self, task: str, items: Any) -> Iterable:
         """The items, with a bar of their own below the run's."""
-        return Bar(items, desc=task, unit="batch", leave=False, disable=self.events is None)
-
-    def __enter__(self) -> "Monitor":
-        return self
+        return Bar(items, desc=task, unit="batch", leave=False, disable=not self.is_main)
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()
-        if self.events:
-            with contextlib.suppress(OSError):  # all that matters was flushed before the last save
-                self.events.records.close()
+        with contextlib.suppress(OSError):  # all that matters was flushed before the last save
+            self.events.records.close()
 
 
 def work_of(s: Settings, world: World, batches: TrainBatches, val_batches: ValidationBatches, last_step: int) -> Work:

@@ -28,6 +28,7 @@ from src.samplers import SAMPLERS, SPACINGS, Noise
 from src.utils import FlagError, count, to_uint8
 
 DEFAULT_STEPS = {"ddim": 50, "dpm++": 20}  # ddpm takes all that the model was trained with
+Start = Callable[[Sequence[int]], tuple[Noise, Tensor | None, Model]]
 GIF_FRAMES, GIF_IMAGES = 50, 16  # the most that denoising.gif shows
 
 
@@ -170,24 +171,19 @@ class Pipeline:
         y = self.to_y([self.label(i) for i in indices])
         return PictureNoise(seed, indices, self.shape, self.device), y, self.network
 
-    def series(
-        self,
-        indices: Sequence[int],
-        batch_size: int,
-        bar: Bar,
-        start: Callable[[Sequence[int]], tuple[Noise, Tensor | None, Model]],
-        frames: list | None = None,
-    ) -> Iterator[tuple[Sequence[int], Tensor]]:
+    def series(self, indices: Sequence[int], batch_size: int, start: Start, frames: list | None = None) -> Iterator[tuple]:
         """This process's part of the pictures number `indices`, batch by batch: (their numbers, [B, C, S, S] uint8).
-        start: as the method above, for a given seed.   frames: a list that gets the first images of the first batch on their
-        way: a pair (x_t, the x_0 predicted) of [at most 16, C, S, S] uint8 for each frame of denoising.gif."""
+        start: what the pictures of these numbers start from, as the method above has it.   frames: a list that gets the first
+        images of the first batch on their way: a pair (x_t, the x_0 predicted) of [at most 16, C, S, S] uint8 for each frame
+        of denoising.gif."""
         firsts = self.world.shard(range(0, len(indices), batch_size))
-        for first in firsts:
-            batch = indices[first : first + batch_size]
-            # Fill up the last batch: another shape would be compiled anew, and for 1 to 3 pictures a CPU rounds otherwise.
-            least = max(batch_size * (self.is_compiled and first > firsts[0]), 4 * (self.device.type == "cpu"))
-            drawn = [*batch, *[batch[-1]] * (least - len(batch))]
-            yield batch, self.draw(*start(drawn), bar, frames if first == 0 else None)[: len(batch)]
+        with Bar(total=len(firsts) * self.steps, unit="step", disable=not self.world.is_main) as bar:
+            for first in firsts:
+                batch = indices[first : first + batch_size]
+                # Fill up the last batch: another shape would be compiled anew, and for 1 to 3 pictures a CPU rounds otherwise.
+                least = max(batch_size * (self.is_compiled and first > firsts[0]), 4 * (self.device.type == "cpu"))
+                drawn = [*batch, *[batch[-1]] * (least - len(batch))]
+                yield batch, self.draw(*start(drawn), bar, frames if first == 0 else None)[: len(batch)]
 
     @torch.no_grad()
     def draw(self, noise: Noise, y: Tensor | None, network: Model, bar: Bar, frames: list | None = None) -> Tensor:

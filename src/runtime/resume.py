@@ -1,12 +1,16 @@
-"""What a resumed run may not change without being asked: its settings, its length, its images and classes."""
+"""What a run starts from: another's weights, or its own checkpoint and what it may then not change without being asked."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from src.dataset import Images, same_classes
-from src.runtime.checkpoint import CheckpointError, fingerprints
+from src.runtime.checkpoint import TO_DRAW, fingerprints, load_checkpoint
 from src.runtime.settings import Settings, as_flags, as_text, differences
+from src.utils import UserError
 
 # What a resumed run may change freely: where things are, how fast, how often, how long. (check_data compares classes.)
 FREE = {
@@ -34,7 +38,7 @@ def check_resume(saved: Settings, settings: Settings, accept_changes: bool) -> N
     way_out = f"to go on, give its own settings: {as_flags({name: old for name, old, _ in refused})}"
     if all(name in TUNABLE for name, _, _ in refused):
         way_out += "; to go on with the new ones, add --accept_changes"
-    raise CheckpointError(
+    raise UserError(
         f"The checkpoint in {settings.folder('CHECKPOINT_PATH')} was trained with other settings ({listed}). "
         f"Either {way_out}; or start anew under another name: --run NAME."
     )
@@ -44,7 +48,7 @@ def check_length(saved: Mapping[str, Any] | None, settings: Settings, last_step:
     """Refuse to resume a run whose learning rate decays if it would end elsewhere: the rate of each step would be another."""
     before = saved.get("last_step", last_step) if saved else last_step
     if settings.LR_SCHEDULE != "constant" and before != last_step and not accept_changes:
-        raise CheckpointError(
+        raise UserError(
             f"LR_SCHEDULE {settings.LR_SCHEDULE}: the learning rate decayed towards step {before:,}, and this command ends at "
             f"step {last_step:,}. Either give the same --epochs and --max_steps; or decay over the new length with "
             f"--accept_changes."
@@ -68,9 +72,44 @@ def check_data(saved: Mapping[str, Any], settings: Settings, data: Mapping[str, 
         if has_others and own != settings.CLASSES:
             way_back = f"give its own classes, {as_flags({'CLASSES': own})}"
         way_on = "" if is_fixed else "to go on with the new ones, add --accept_changes; "
-        raise CheckpointError(
+        raise UserError(
             f"The checkpoint in {settings.folder('CHECKPOINT_PATH')} was trained on other images ({changed}). Either "
             f"{way_back}; {way_on}or start anew under another name: --run NAME."
         )
     if changed:
         print(f"note: going on with other images ({changed}); epochs, also those done, count passes over the new ones")
+
+
+# --- the weights of another run ---------------------------------------------------------------------------
+
+# What --init_from takes from its checkpoint where it was not typed: the shape of the network and what it learned to predict.
+NETWORK = {"UNET_DIM", "DIM_MULTS", "NUM_RES_BLOCKS", "ATTENTION_RESOLUTIONS", "IMAGE_SIZE", "CHANNELS"}
+NETWORK |= {"TIME_STEPS", "BETA_SCHEDULE", "PREDICTION"}
+
+
+def network_of(folder: Path, init_from: str) -> dict[str, Any]:
+    """The NETWORK settings of the run's own checkpoint, or where there is none of that of --init_from. Raises UserError."""
+    try:
+        state = load_checkpoint(folder / "latest.pth", TO_DRAW, mmap=True)
+    except UserError:
+        state = load_checkpoint(Path(init_from), TO_DRAW, mmap=True)
+    return {name: value for name, value in asdict(state["config"]).items() if name in NETWORK}
+
+
+def start_from(path: str, s: Settings, model: nn.Module) -> None:
+    """Take the averaged weights of a checkpoint where names and shapes agree, and say which. Raises UserError if few do."""
+    state, own = load_checkpoint(Path(path), TO_DRAW), model.state_dict()
+    taken = {name: weight for name, weight in state["ema"].items() if name in own and own[name].shape == weight.shape}
+    changed = {name: old for name, old, _ in differences(asdict(state["config"]), asdict(s))}
+    if 2 * len(taken) < len(own):
+        shape = {name: old for name, old in changed.items() if name in ("UNET_DIM", "DIM_MULTS", "NUM_RES_BLOCKS")}
+        raise UserError(
+            f"--init_from: {len(taken)} of this network's {len(own)} tensors have their shape in {path}, at least half are "
+            f"needed. Give its own settings: {as_flags(shape)}."
+        )
+    model.load_state_dict(own | taken)
+    anew = [name for name in own if name not in taken]
+    more = f" and {len(anew) - 5} more" if len(anew) > 5 else ""
+    print(f"weights    {len(taken)} of {len(own)} tensors from {path}; anew: {', '.join(anew[:5]) or 'none'}{more}")
+    for name in [name for name in ("PREDICTION", "BETA_SCHEDULE", "TIME_STEPS") if name in changed]:
+        print(f"Warning: {path} was trained with {as_flags({name: changed[name]})}, so its weights have to learn another task.")

@@ -141,10 +141,9 @@ def train_flags(config: ModuleType, constants: Mapping[str, Any], presets: Mappi
     tables = []
     for title, table in {"presets:": presets, "datasets with a source of their own:": sources}.items():
         tables += [title, *(wrap.fill(f"{name}: {as_flags(changes)}") for name, changes in table.items() if changes)]
-    comments, groups = read_comments(config), {"this run": []}
-    if presets:
-        kind = choice(*presets, type=str, metavar="NAME")
-        groups["this run"].append(("preset", kind, None, "a group of settings, listed below"))
+    preset = ("preset", choice(*presets, type=str, metavar="NAME"), None, "a group of settings, listed below")
+    groups: dict[str, list] = {"this run": [preset] if presets else []}
+    comments = read_comments(config)
     for name, kind in KINDS.items():
         section, comment = comments.get(name, ("settings", ""))
         comment = f"{comment} (default: {as_text(constants[name]) or 'none'})".strip()

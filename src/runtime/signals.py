@@ -26,6 +26,7 @@ class StopRequest:
 
     signal: int | None = None
     task: str = ""  # what a signal has to wait for; "" if nothing
+    out_of_memory: str = "Out of memory."  # what to say if that ends the script
 
     def __enter__(self) -> "StopRequest":
         self.process = os.getpid()
@@ -82,11 +83,11 @@ class StopRequest:
         return 128 + self.signal if self.signal else 0
 
 
-def run_script(name: str, body: Callable[[StopRequest], None], out_of_memory: Callable[[], str], stopped: str) -> int:
+def run_script(name: str, body: Callable[[StopRequest], None], stopped: str) -> int:
     """Run the body of a script and return its exit code: 0, 2 for flags, 1 for other errors of the user, 128 + the signal.
 
     Errors that the user can fix print one sentence to stderr. A traceback means a bug in this program.
-    out_of_memory: the advice for that case.   stopped: what is kept after a signal that ended the body at once.
+    stopped: what is kept after a signal that ended the body at once.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large memory pages: 12% of a training step on a CPU
     stop = StopRequest()
@@ -104,7 +105,7 @@ def run_script(name: str, body: Callable[[StopRequest], None], out_of_memory: Ca
             message, code = f"{error.name} is not installed. Run 'pip install -r requirements.txt'.", 1
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
-                message, code = out_of_memory(), 1
+                message, code = stop.out_of_memory, 1
             elif lost_contact(error):
                 message, code = "Another process of this job is gone; its own message says why. Files are as last saved.", 1
             else:

@@ -17,7 +17,6 @@ from src.ema import EMA
 from src.runtime.checkpoint import (
     TO_RESUME,
     VERSION,
-    CheckpointError,
     Checkpoints,
     DamagedCheckpoint,
     Progress,
@@ -134,7 +133,7 @@ def test_a_pickle_with_code_is_refused_and_the_code_is_not_run(tmp_path):
     (tmp_path / "raw.pth").write_bytes(pickle.dumps(Code(tmp_path / "made")))
     for name, says in (("zip.pth", "holds Python objects, which could run code"), ("raw.pth", "not a whole checkpoint")):
         for mmap in (False, True):
-            with pytest.raises(CheckpointError, match=says):
+            with pytest.raises(UserError, match=says):
                 load_checkpoint(tmp_path / name, mmap=mmap)
     assert not (tmp_path / "made").exists()
 
@@ -181,17 +180,17 @@ def test_a_file_that_is_no_checkpoint_of_this_program_is_told_from_a_damaged_one
 
 
 def test_a_missing_file_is_answered_with_those_that_are_there(tmp_path):
-    with pytest.raises(CheckpointError, match=r"No checkpoint at .*best.pth\. Choose one of: .*docs/shapes.pth"):
+    with pytest.raises(UserError, match=r"No checkpoint at .*best.pth\. Choose one of: .*docs/shapes.pth"):
         load_checkpoint(tmp_path / "best.pth")
     (tmp_path / "latest.pth").touch()
-    with pytest.raises(CheckpointError, match=r"one of: .*latest.pth"):
+    with pytest.raises(UserError, match=r"one of: .*latest.pth"):
         load_checkpoint(tmp_path / "best.pth")
 
 
 def test_weights_of_another_network_name_the_first_difference():
-    with pytest.raises(CheckpointError, match=r"src/model.py \(size mismatch for weight.*Undo what was changed"):
+    with pytest.raises(UserError, match=r"src/model.py \(size mismatch for weight.*Undo what was changed"):
         load_weights(nn.Linear(3, 3), nn.Linear(2, 3).state_dict())
-    with pytest.raises(CheckpointError, match=r'Missing key\(s\) in state_dict: "bias"'):
+    with pytest.raises(UserError, match=r'Missing key\(s\) in state_dict: "bias"'):
         load_weights(nn.Linear(3, 3), nn.Linear(3, 3, bias=False).state_dict())
 
 
@@ -226,7 +225,7 @@ def test_where_none_loads_nothing_is_moved(tmp_path):
     for name in ("latest.pth", "best.pth"):
         (tmp_path / name).write_bytes(b"damaged")
     for _ in range(2):
-        with pytest.raises(CheckpointError, match=r"No checkpoint in .* loads. .*latest.pth is not a whole"):
+        with pytest.raises(UserError, match=r"No checkpoint in .* loads. .*latest.pth is not a whole"):
             find_latest(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["best.pth", "latest.pth"]
 
@@ -234,7 +233,7 @@ def test_where_none_loads_nothing_is_moved(tmp_path):
 def test_a_latest_that_is_whole_but_not_ours_is_refused_and_not_passed_over(tmp_path, settings):
     written(tmp_path / "latest.pth", {"version": VERSION + 1})
     Parts().save(tmp_path / "best.pth", settings)
-    with pytest.raises(CheckpointError, match="Update it"):
+    with pytest.raises(UserError, match="Update it"):
         find_latest(tmp_path)
     assert (tmp_path / "latest.pth").exists()
 
@@ -263,7 +262,7 @@ def test_a_setting_is_free_or_asks_for_accept_changes_or_is_refused(settings, na
         if name in FREE or (name in TUNABLE and accept_changes):
             check_resume(settings, new, accept_changes)
             continue
-        with pytest.raises(CheckpointError, match=rf"other settings \({name} .* -> .*\)") as caught:
+        with pytest.raises(UserError, match=rf"other settings \({name} .* -> .*\)") as caught:
             check_resume(settings, new, accept_changes)
         assert f"--{name.lower()}" in str(caught.value) and "start anew under another name" in str(caught.value)
         assert ("--accept_changes" in str(caught.value)) == (name in TUNABLE)
@@ -277,7 +276,7 @@ def test_what_names_places_speed_or_rhythm_is_free_and_what_makes_the_network_is
 def test_the_same_effective_batch_passes_and_another_is_refused(settings):
     split = replace(settings, BATCH_SIZE=4, GRAD_ACCUM_STEPS=4)
     check_resume(replace(settings, BATCH_SIZE=8, GRAD_ACCUM_STEPS=2), split, False)
-    with pytest.raises(CheckpointError, match="BATCH_SIZE 8 -> 4, GRAD_ACCUM_STEPS 1 -> 4"):
+    with pytest.raises(UserError, match="BATCH_SIZE 8 -> 4, GRAD_ACCUM_STEPS 1 -> 4"):
         check_resume(replace(settings, BATCH_SIZE=8, GRAD_ACCUM_STEPS=1), split, False)
 
 
@@ -299,7 +298,7 @@ def test_other_images_are_refused_with_their_counts_and_accepted_on_request(tmp_
     check_data({name: entry for name, entry in saved.items() if name != "data"}, settings, images(5), False)  # an older one
     assert capsys.readouterr().out == ""
     for data, says in ((images(3), "train 4 -> 3"), (images(4, "1"), "val 3 -> 3 others")):
-        with pytest.raises(CheckpointError, match=rf"other images \({says}\)\. .*--accept_changes; .*--run NAME"):
+        with pytest.raises(UserError, match=rf"other images \({says}\)\. .*--accept_changes; .*--run NAME"):
             check_data(saved, settings, data, False)
         check_data(saved, settings, data, True)
         assert f"note: going on with other images ({says})" in capsys.readouterr().out

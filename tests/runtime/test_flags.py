@@ -232,7 +232,8 @@ def test_each_word_of_other_repositories_leads_to_a_flag_that_there_is():
 
 def test_another_script_has_flags_of_the_same_manner(monkeypatch, capsys):
     rows = [("steps", whole(1, 50), 20, "steps, 100% of them"), ("sizes", wholes(1, 3, high=64), (8,), "")]
-    rows += [("sampler", choice("ddpm", "ddim", "dpm++"), "ddpm", ""), ("out", PATH, "~/pictures", ""), ("gif", TRUTH, False, "")]
+    rows += [("sampler", choice("ddpm", "ddim", "dpm++"), "ddpm", ""), ("out", PATH, "~/pictures", "")]
+    rows += [("gif", TRUTH, False, "")]
     parser = FlagParser("draw.py", ["how", *rows], "Draw pictures.")
     monkeypatch.setenv("HOME", "/home/me")
     defaults = dict(steps=20, sizes=(8,), sampler="ddpm", out="/home/me/pictures", gif=False)

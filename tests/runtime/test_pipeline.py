@@ -4,7 +4,6 @@ from functools import partial
 
 import pytest
 import torch
-from tqdm import tqdm
 
 import evaluate
 import sample
@@ -22,7 +21,7 @@ def pipeline_of(run, *words: str, script=sample) -> Pipeline:
 def test_a_compiled_network_meets_one_shape_and_draws_the_same_pictures(trained, is_compiled):
     pipeline = pipeline_of(trained, "--steps", "2", "--compile", "false")
     start = partial(pipeline.start, 0)
-    plain = torch.cat([pictures for _, pictures in pipeline.series(range(11), 11, tqdm(disable=True), start)])
+    plain = torch.cat([pictures for _, pictures in pipeline.series(range(11), 11, start)])
 
     network, sizes = pipeline.network, set()
 
@@ -31,7 +30,7 @@ def test_a_compiled_network_meets_one_shape_and_draws_the_same_pictures(trained,
         return network(x, t, y)
 
     pipeline.network, pipeline.is_compiled = counted, is_compiled
-    numbers, pictures = zip(*pipeline.series(range(11), 5, tqdm(disable=True), start))
+    numbers, pictures = zip(*pipeline.series(range(11), 5, start))
     assert [number for batch in numbers for number in batch] == [*range(11)]
     assert (torch.cat(pictures).int() - plain.int()).abs().max() <= 1  # grey level
     assert sizes == ({5} if is_compiled else {5, 4})  # a CPU draws four at least
@@ -45,10 +44,7 @@ def test_the_batch_size_changes_no_picture_in_either_precision(precision):
     flags = f"--checkpoint docs/shapes.pth --guidance 4 --steps 10 --device cpu --precision {precision}"
     pipeline = Pipeline(sample.read_flags(flags.split()))
     start = partial(pipeline.start, 0)
-    by_size = [
-        torch.cat([pictures for _, pictures in pipeline.series(range(5), size, tqdm(disable=True), start)]).int()
-        for size in (5, 1, 2)
-    ]
+    by_size = [torch.cat([pictures for _, pictures in pipeline.series(range(5), size, start)]).int() for size in (5, 1, 2)]
     assert max((pictures - by_size[0]).abs().max() for pictures in by_size) <= 1
 
 

@@ -65,7 +65,7 @@ def test_in_another_thread_no_handler_is_touched():
         with stop.postponed("step"), stop.at_once():
             pass
 
-    thread = threading.Thread(target=lambda: codes.append(run_script("train.py", body, str, "stopped")))
+    thread = threading.Thread(target=lambda: codes.append(run_script("train.py", body, "stopped")))
     thread.start()
     thread.join(60)
     assert codes == [0] and signal.getsignal(signal.SIGTERM) is before
@@ -84,9 +84,10 @@ def test_in_another_thread_no_handler_is_touched():
 )
 def test_what_the_user_can_fix_ends_in_one_sentence_and_an_exit_code(capfd, error, code, says):
     def body(stop: StopRequest) -> None:
+        stop.out_of_memory = "Less memory, please."
         raise error
 
-    assert run_script("train.py", body, lambda: "Less memory, please.", "Stopped.") == code
+    assert run_script("train.py", body, "Stopped.") == code
     said = capfd.readouterr().err
     assert says in said and len(said.splitlines()) == 1
 
@@ -99,14 +100,14 @@ def test_a_process_whose_rank_says_nothing_speaks_for_itself(capfd, monkeypatch,
     def body(stop: StopRequest) -> None:
         raise FlagError("Got 1.")
 
-    assert run_script("train.py", body, str, "") == 2
+    assert run_script("train.py", body, "") == 2
     assert capfd.readouterr().err == "train.py: Got 1.\n"
 
 
 def test_a_third_ctrl_c_meets_no_handler_of_ours_while_the_message_is_printed(monkeypatch):
     before, met = signal.getsignal(signal.SIGTERM), []
     monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=lambda text: met.append(signal.getsignal(signal.SIGTERM))))
-    assert run_script("train.py", lambda stop: send("SIGTERM"), str, "Stopped.") == 143
+    assert run_script("train.py", lambda stop: send("SIGTERM"), "Stopped.") == 143
     assert set(met) == {before}
 
 
@@ -115,4 +116,4 @@ def test_a_bug_of_ours_is_a_traceback():
         raise RuntimeError("shape mismatch")
 
     with pytest.raises(RuntimeError, match="shape mismatch"):
-        run_script("train.py", body, str, "")
+        run_script("train.py", body, "")

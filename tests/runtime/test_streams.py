@@ -46,7 +46,7 @@ def test_each_line_is_in_the_log_at_once_and_in_any_encoding(tmp_path):
 def test_a_stream_of_the_host_may_fail_and_is_put_back(monkeypatch):
     monkeypatch.setattr(sys, "stdout", its_own := io.StringIO())
     its_own.close()
-    assert run_script("train.py", lambda stop: print("a line"), str, "") == 0
+    assert run_script("train.py", lambda stop: print("a line"), "") == 0
     assert sys.stdout is its_own
 
 
