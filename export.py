@@ -23,6 +23,7 @@ from torch import Tensor
 from src.model import Attention, UNet, norm_groups
 from src.runtime.build import build_diffusion, build_model
 from src.runtime.checkpoint import TO_DRAW, TO_TRAIN, VERSION, load_checkpoint, load_weights
+from src.runtime.device import DTYPES
 from src.runtime.flags import PATH, TRUTH, FlagParser, Rows, choice, command_line
 from src.runtime.folders import WHICH_CHECKPOINT, FolderLock, choose_checkpoint
 from src.runtime.resume import FREE
@@ -31,7 +32,6 @@ from src.runtime.sheets import zoom_of
 from src.runtime.signals import run_script
 from src.utils import UserError, atomic_file, count, writing
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Files = dict[str, bytes]  # content by path inside the output folder
 
 

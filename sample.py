@@ -40,19 +40,16 @@ HALVES = ("x_t: noise becomes a picture", "x_0: the picture the network expects"
 
 
 def read_points(value: str) -> str | list[tuple[int | None, int]]:
-    """ "3,7" or "5:3,6:7,9" to [(seed or None, index), ...], at least two; "next" stays."""
-    points = [point.split(":") for point in value.split(",")]
+    """ "3,7" or "5:3,6:7,9" to [(seed or None, index), ...]; "next" stays."""
     if value == "next":
         return value
-    if len(points) < 2 or not all(len(point) in (1, 2) for point in points):
-        raise ValueError
-    return [(KINDS["SEED"]["type"](point[0]) if len(point) == 2 else None, INDEX["type"](point[-1])) for point in points]
+    points = [point.rpartition(":") for point in value.split(",")]
+    return [(KINDS["SEED"]["type"](seed) if colon else None, INDEX["type"](index)) for seed, colon, index in points]
 
 
 INDEX = whole(0)
-POINTS = kind(
-    "two pictures or more, as 3,7 or as seed:index,seed:index", read_points, bool, metavar="A,B", nargs="?", const="next"
-)
+POINTS = kind("two pictures or more, as 3,7 or as seed:index,seed:index", read_points, lambda points: len(points) > 1)
+POINTS |= {"metavar": "A,B", "nargs": "?", "const": "next"}
 
 
 def read_flags(argv: Sequence[str]) -> Namespace:
@@ -174,22 +171,16 @@ def draw(pipeline: Pipeline, flags: Namespace, out: Path, series: Series | Walk)
     print(f"drawing    {count(len(missing), 'picture')} by {how}: about {duration(seconds)}")
 
     frames: list[list[Tensor]] | None = [] if is_wanted else None
-    with ThreadPoolExecutor(4) as pool:
+    with writing(out, "--output_dir"), ThreadPoolExecutor(4) as pool:
         saving: Iterable = ()
         for batch, drawn in pipeline.series(missing, flags.batch_size, series.start, frames):
             list(saving)  # the last batch is on the disk, or its error is raised here
-            saving = pool.map(save, drawn, [out / "images" / f"{i:06}.png" for i in batch])
+            saving = pool.map(partial(save_png, flush=False), drawn, [out / "images" / f"{i:06}.png" for i in batch])
         list(saving)
-    flush_folder(out / "images")
-    if frames:
-        with writing(gif, "--output_dir"):
+        flush_folder(out / "images")
+        if frames:
             halves = [torch.stack([sheet(half, zoom=flags.zoom) for half in pair]) for pair in frames]
             save_gif([sheet(pair, HALVES, columns=2, zoom=1) for pair in halves], gif)
-
-
-def save(picture: Tensor, path: Path) -> None:
-    with writing(path, "--output_dir"):
-        save_png(picture, path, flush=False)
 
 
 # --- what lies beside the pictures ------------------------------------------------------------------------

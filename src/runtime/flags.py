@@ -21,33 +21,25 @@ Kind = dict[str, Any]
 Rows = Sequence[str | tuple[str, Kind, Any, str]]  # the title of a group; a flag: name, kind, default, what --help says
 
 # What our flags are called in other repositories, also as the last words, two or more, of a name there: train_batch_size.
-# A hint names the first of ours that the script has.
+# A hint names the first of ours that the script has. What is spelled almost like ours needs no place here.
 ELSEWHERE = dict(
-    learning_rate="lr base_lr train_lr", batch_size="b bs batch", epochs="epoch n_epochs num_epochs", seed="seeds global_seed",
-    run="name exp_name run_name", ema_decay="ema use_ema ema_rate ema_max_decay",
-    grad_accum_steps="accumulation_steps grad_accum num_accum gradient_accumulate_every", grad_clip="clip max_grad_norm",
-    prediction="objective prediction_type mean_type predict_xstart",
-    init_from="transfer pretrained pretrained_model finetune fine_tune",
-    steps="num_steps n_steps timesteps ddim_steps sampling_steps num_inference_steps subseq_size",
-    time_steps="t timesteps num_timesteps diffusion_steps ddpm_num_steps",
-    max_steps="steps iters max_iters total_steps end_step", warmup_steps="warmup warmup_iters",
-    lr_schedule="lr_scheduler decay_lr lr_anneal_steps", dim_mults="ch_mult channel_mult",
-    beta_schedule="schedule noise_schedule", unet_dim="dim ch num_channels", image_size="size img_size res resolution",
-    class_conditional="cond class_cond", label_dropout="p_uncond cond_drop_prob", horizontal_flip="xflip random_flip",
-    activation_checkpointing="use_checkpoint checkpointing gradient_checkpointing", num_workers="j workers max_workers",
-    device="gpu gpus gpu_id gpu_ids device_id cuda num_gpus",
-    precision="amp fp16 bf16 use_fp16 dtype mixed_precision mixed_precision_type",
-    data_path="data data_dir dataset_path root folder", cache_path="cache_dir",
-    log_path="logdir log_dir logging_dir tensorboard",
-    output_dir="o out out_dir outdir output output_path save_dir sample_dir dest",
-    output_path="o out out_dir outdir output output_dir save_dir results_dir results_folder",
-    checkpoint="ckpt model model_path weights_path chkpt_path network checkpoint_path resume resume_from",
-    checkpoint_path="ckpt ckpt_dir chkpt_dir chkpt_path checkpoint checkpoint_dir",
-    save_every="ckpt_every save_interval save_freq save_step checkpointing_steps save_model_epochs",
-    log_every="log_interval log_freq", sample_every="sample_interval sample_step demo_every save_images_epochs",
-    val_every="eval_interval eval_step evaluate_every", num_samples="n num n_samples num_images sample_size total_size",
-    sampler="solver method ddim use_ddim", guidance="w cfg cfg_scale guidance_scale",
-    classes="y class cls label labels class_labels", samples="images sample_folder", reference="ref",
+    save_every="ckpt_every save_interval save_freq save_step checkpointing_steps save_model_epochs", batch_size="b bs batch",
+    steps="num_steps n_steps timesteps ddim_steps sampling_steps num_inference_steps subseq_size", run="name exp_name run_name",
+    output_path="o out out_dir outdir output output_dir save_dir results_dir results_folder", log_every="log_interval log_freq",
+    checkpoint="ckpt model model_path weights_path chkpt_path network resume resume_from", learning_rate="lr base_lr train_lr",
+    grad_accum_steps="accumulation_steps grad_accum num_accum gradient_accumulate_every", data_path="data data_dir root folder",
+    activation_checkpointing="use_checkpoint checkpointing gradient_checkpointing", guidance="w cfg cfg_scale guidance_scale",
+    precision="amp fp16 bf16 use_fp16 dtype mixed_precision mixed_precision_type", classes="y cls label labels class_labels",
+    sample_every="sample_interval sample_step demo_every save_images_epochs", log_path="logdir log_dir logging_dir tensorboard",
+    output_dir="o out outdir output output_path save_dir sample_dir dest", val_every="eval_interval eval_step evaluate_every",
+    init_from="transfer pretrained pretrained_model finetune fine_tune", max_steps="steps iters max_iters total_steps end_step",
+    time_steps="t num_timesteps diffusion_steps ddpm_num_steps", checkpoint_path="ckpt ckpt_dir chkpt_dir checkpoint_dir",
+    num_samples="n num num_images sample_size total_size", prediction="objective mean_type predict_xstart", epochs="num_epochs",
+    device="gpu gpus gpu_id gpu_ids cuda num_gpus", beta_schedule="schedule noise_schedule", ema_decay="ema use_ema ema_rate",
+    label_dropout="p_uncond cond_drop_prob", lr_schedule="decay_lr lr_anneal_steps", sampler="solver method ddim use_ddim",
+    class_conditional="cond class_cond", horizontal_flip="xflip random_flip", dim_mults="ch_mult channel_mult", reference="ref",
+    image_size="size res resolution", grad_clip="clip max_grad_norm", unet_dim="dim ch num_channels", num_workers="j workers",
+    samples="images sample_folder", cache_path="cache_dir", warmup_steps="warmup", seed="global_seed",
 )  # fmt: skip
 
 
@@ -87,15 +79,16 @@ def wholes(fewest: int, most: int, high: int) -> Kind:
 
 
 def choice(*words: Any, **options: Any) -> Kind:
-    """One of the words, in upper or lower case; of other values with a type for them."""
+    """One of the words, in upper or lower case; of other values with a type that reads them."""
 
-    def read(value: Any) -> str:
+    def lower(value: Any) -> str:
         if "cuda" in words and (number := re.fullmatch(r"(?:cuda|gpu)?:?(\d+(?:,\d+)*)", str(value).lower())):
             way = f"to choose a GPU, type CUDA_VISIBLE_DEVICES={number[1]} before python, and --device cuda"
             raise argparse.ArgumentTypeError(f"got {value!r}; {way}")
         return str(value).lower()
 
-    return {"type": read, "choices": words, "metavar": "WORD"} | options
+    expected = " or ".join(", ".join(map(str, words)).rsplit(", ", 1))
+    return kind(expected, options.pop("type", lower), lambda x: x in words, **{"metavar": "WORD"} | options)
 
 
 def text(expected: str, pattern: str, metavar: str) -> Kind:
@@ -119,11 +112,6 @@ RUN = text("a name of letters, digits, '-', '_' and '.'", r"(?!\.)[\w.-]*", "NAM
 WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 TRUTH = kind("true or false", lambda x: WORDS.get(str(x).lower()), lambda x: x is not None, metavar="BOOL")
 TRUTH |= {"nargs": "?", "const": True}  # --gif alone is --gif true
-
-
-def expected(kind: Mapping[str, Any]) -> str:
-    *words, last = map(str, kind.get("choices") or [kind["type"].__name__])
-    return f"{', '.join(words)} or {last}" if words else last
 
 
 def command_line(argv: Sequence[Any] | None, variable: str = "") -> list[str]:
@@ -180,8 +168,8 @@ class FlagParser(argparse.ArgumentParser):
         flag, _, problem = message.removeprefix("argument ").partition(": ")
         action = self._option_string_actions.get(flag)
         if action and problem.startswith(("expected ", "invalid ")):
-            found = re.search(r"(?:value|choice): ((['\"]?).*?\2)(?:,| \(|$)", problem, re.DOTALL)
-            problem = f"{f'got {found[1]}' if found else 'no value given'}, expected {expected(vars(action))}"
+            found = re.search(r"value: (.*)", problem, re.DOTALL)
+            problem = f"{f'got {found[1]}' if found else 'no value given'}, expected {vars(action)['type'].__name__}"
         raise FlagError(f"{flag}: {problem}.")
 
 
