@@ -9,7 +9,6 @@ if __name__ == "__main__":
     early.settle()  # before torch is imported
 
 import os
-import shlex
 import sys
 import time
 from argparse import Namespace
@@ -29,7 +28,7 @@ from src.runtime.build import build_validation
 from src.runtime.distributed import World
 from src.runtime.flags import PATH, TRUTH, FlagParser, Rows, command_line, print_idle, whole
 from src.runtime.folders import WHICH_CHECKPOINT
-from src.runtime.pipeline import HOW_TO_DRAW, WHICH_SERIES, check_drawing_flags
+from src.runtime.pipeline import HOW_TO_DRAW, WHICH_SERIES
 from src.runtime.signals import StopRequest, run_script
 from src.utils import FlagError, UserError, count
 
@@ -75,7 +74,6 @@ def read_flags(argv: Sequence[str]) -> Namespace:
     description = "Measure a checkpoint. Without --fid, --nll, --loss or --nearest it does what --fid does."
     examples = ["--run demo --loss --nll", "--run demo --num_samples 2000"]
     flags = FlagParser("evaluate.py", rows, description, examples).parse(argv)
-    flags.command = shlex.join(["python", "evaluate.py", *argv])
     flags.fid = flags.fid or not (flags.nll or flags.loss or flags.nearest)
     check_flags(flags)
     return flags
@@ -83,7 +81,6 @@ def read_flags(argv: Sequence[str]) -> Namespace:
 
 def check_flags(flags: Namespace) -> None:
     """What cannot be asked for together."""
-    check_drawing_flags(flags)
     for flag, is_given in (("--exact", flags.exact), ("--nll_steps", flags.nll_steps is not None)):
         if is_given and not flags.nll:
             raise FlagError(f"{flag}: belongs to --nll; add it, or leave this out.")
@@ -123,9 +120,6 @@ def check_data(ev: Evaluation) -> None:
         from src.evaluation.distribution import FeatureNetwork  # here, because torch-fidelity takes seconds
 
         ev.network = FeatureNetwork(flags.features or "inception", ev.device)
-
-
-# --- the variational bound ------------------------------------------------------------------------------
 
 
 def measure_bound(ev: Evaluation) -> dict[str, Any]:
@@ -169,9 +163,6 @@ def measure_bound(ev: Evaluation) -> dict[str, Any]:
         "seed": flags.seed,
         "by_t": by_t,
     }
-
-
-# --- the loss by t --------------------------------------------------------------------------------------
 
 
 def measure_loss(ev: Evaluation) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from src.runtime.build import build_diffusion, build_model
 from src.runtime.checkpoint import TO_DRAW, TO_TRAIN, VERSION, load_checkpoint, load_weights
 from src.runtime.device import DTYPES
 from src.runtime.flags import PATH, TRUTH, FlagParser, Rows, choice, command_line
-from src.runtime.folders import WHICH_CHECKPOINT, FolderLock, choose_checkpoint
+from src.runtime.folders import WHICH_CHECKPOINT, choose_checkpoint, lock_folder
 from src.runtime.resume import FREE
 from src.runtime.settings import Settings, as_text
 from src.runtime.sheets import zoom_of
@@ -224,16 +224,13 @@ All {s.TIME_STEPS:,} steps of the paper:
 """
 
 
-# --- the script -------------------------------------------------------------------------------------------
-
-
 def export(flags: Namespace) -> None:
     """Write the files, or nothing at all where one of them is there already. Raises UserError."""
     choose_checkpoint(flags)
     state = load_checkpoint(Path(flags.checkpoint), TO_DRAW, mmap=True)
     files = (weights_file if flags.weights_only else diffusers_files)(state, DTYPES[flags.dtype])
     out = Path(flags.output_dir or Path("outputs", flags.run, "export"))
-    with FolderLock(out, "--output_dir", "choose another --output_dir"), writing(out, "--output_dir"):
+    with lock_folder(out, "--output_dir", "choose another --output_dir"), writing(out, "--output_dir"):
         if taken := [out / name for name in files if (out / name).exists()]:
             raise UserError(f"{taken[0]} exists already. Remove it, or choose another folder with --output_dir.")
         for name, content in files.items():

@@ -8,7 +8,6 @@ if __name__ == "__main__":
 import contextlib
 import csv
 import io
-import shlex
 import sys
 import time
 import zipfile
@@ -29,7 +28,7 @@ from src.runtime.device import describe
 from src.runtime.distributed import World
 from src.runtime.flags import PATH, TRUTH, FlagParser, Rows, command_line, kind, whole
 from src.runtime.folders import BESIDE, WHICH_CHECKPOINT, choose_checkpoint, next_folder, picture_folder, pictures_of
-from src.runtime.pipeline import HOW_TO_DRAW, WHICH_SERIES, Pipeline, check_drawing_flags, tell
+from src.runtime.pipeline import HOW_TO_DRAW, WHICH_SERIES, Pipeline, tell
 from src.runtime.settings import KINDS
 from src.runtime.sheets import class_columns, save_gif, sheet
 from src.runtime.signals import StopRequest, run_script
@@ -77,10 +76,8 @@ def read_flags(argv: Sequence[str]) -> Namespace:
     description = "Draw pictures from a checkpoint. Picture i depends on the checkpoint, the settings, --seed and i alone."
     examples = ["--run demo --guidance 2", "--checkpoint docs/shapes.pth --num_samples 16 --gif"]
     flags = FlagParser("sample.py", rows, description, examples).parse(argv)
-    check_drawing_flags(flags)
     if flags.interpolate and (flags.sampler.startswith("ddpm") or flags.eta):
         raise FlagError("--interpolate: needs a sampler without randomness; allowed are dpm++, and ddim with --eta 0.")
-    flags.command = shlex.join(["python", "sample.py", *argv])
     return flags
 
 
@@ -231,9 +228,6 @@ def save_npz(path: Path, pipeline: Pipeline, series: Series | Walk, there: dict[
         if pipeline.labels:
             with archive.open("arr_1.npy", "w") as array:
                 np.save(array, np.array([series.label(i) for i in there], dtype=np.int64))
-
-
-# --- the script -------------------------------------------------------------------------------------------
 
 
 def sample(flags: Namespace, world: World) -> None:

@@ -24,7 +24,7 @@ from src.runtime.checkpoint import Checkpoints, Progress, find_latest
 from src.runtime.device import InPrecision, compiled, memory_advice, pick_device, pick_precision, place, should_compile
 from src.runtime.distributed import World
 from src.runtime.flags import command_line
-from src.runtime.folders import FolderLock, claim
+from src.runtime.folders import claim, lock_folder
 from src.runtime.judge import Judge
 from src.runtime.monitor import Meter, Monitor, work_of
 from src.runtime.plan import print_plan, print_summary
@@ -152,13 +152,12 @@ def stop_if_not_finite(s: Settings, meter: Meter, scaler: torch.amp.GradScaler, 
     fp16 has its own way: the scaler skips such a step and halves its scale, from 65536, until there is no hope."""
     latest = s.folder("CHECKPOINT_PATH") / "latest.pth"
     kept = f"{latest} is the last good state" if latest.exists() else "nothing was saved yet"
-    if scaler.is_enabled():
-        if scaler.get_scale() < 1:
-            raise UserError(
-                f"The loss or gradients overflow fp16 even unscaled, so step after step is skipped (learning rate {lr:.1e}); "
-                f"{kept}. Run again with --precision bf16 or fp32."
-            )
-    elif (step := int(meter.bad_step)) >= 0:
+    if scaler.is_enabled() and scaler.get_scale() < 1:
+        raise UserError(
+            f"The loss or gradients overflow fp16 even unscaled, so step after step is skipped (learning rate {lr:.1e}); "
+            f"{kept}. Run again with --precision bf16 or fp32."
+        )
+    if not scaler.is_enabled() and (step := int(meter.bad_step)) >= 0:
         raise UserError(
             f"The loss or gradient of step {step:,} is not finite (learning rate {lr:.1e}). It did not reach the weights; "
             f"{kept}. Run again with half the learning rate (--learning_rate {s.LEARNING_RATE / 2:g} --accept_changes), "
@@ -173,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with World.join() as world, contextlib.ExitStack() as held:
             names = ("CHECKPOINT_PATH", "OUTPUT_PATH", "LOG_PATH") if world.is_main else ()
             for folder, name in {run.settings.folder(name): name for name in names}.items():
-                held.enter_context(FolderLock(folder, f"--{name.lower()}"))
+                held.enter_context(lock_folder(folder, f"--{name.lower()}"))
             train(run, world, stop)
 
     return run_script("train.py", body, "Stopped at once. What was saved before is kept; the same command goes on.")

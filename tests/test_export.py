@@ -15,8 +15,9 @@ from PIL import Image
 
 import config
 import export
-from src.runtime.build import NETWORK, build_diffusion, build_model
+from src.runtime.build import build_diffusion, build_model
 from src.runtime.checkpoint import VERSION
+from src.runtime.resume import NETWORK
 from src.runtime.settings import Settings, as_flags, resolve
 from src.utils import UserError
 from tests.runs import TINY, ended

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from src.model import UNet
@@ -89,14 +88,13 @@ def should_compile(choice: str, device: torch.device, calls: float = math.inf) -
     tiny network takes a minute to compile. False, with a line that says why, where the compiler does not work."""
     if choice == "false" or (choice == "auto" and (device.type != "cuda" or calls < COMPILE_PAYS)):
         return False
-    fault = compiler_fault(device)
-    if fault:
+    if fault := compiler_fault(device):
         print(f"{SLOWER}: {fault}")
     return not fault
 
 
 def compiler_fault(device: torch.device) -> str:
-    """Why torch.compile cannot work here and what to install, or "". Takes seconds, because it compiles a small network."""
+    """What torch.compile needs and does not find here, and what to install, or ""."""
     if os.name == "posix":
         # Triton builds its launcher in C; on a CPU the kernels themselves are C++.
         name, usual, package = ("CC", ["gcc", "clang"], "gcc") if device.type == "cuda" else ("CXX", ["g++", "clang++"], "g++")
@@ -107,11 +105,6 @@ def compiler_fault(device: torch.device) -> str:
         if not header.exists():
             python = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
             return f"torch.compile needs {header}; not found. Run 'apt install {python}'."
-    layer, x = nn.GroupNorm(2, 8).to(device), torch.ones(2, 8, 4, 4, device=device)
-    try:
-        torch.compile(lambda x: F.silu(layer(x)))(x).sum().backward()
-    except Exception as error:  # whatever a compiler may raise
-        return f"torch.compile failed on a small network ({first_line(error)})."
     return ""
 
 
@@ -126,15 +119,12 @@ def compiled(network: Callable) -> Callable:
         except Exception as error:  # also what Triton raises at the first launch
             if quick is network or is_out_of_memory(error):
                 raise
-            print(f"{SLOWER}: torch.compile failed ({first_line(error)}).")
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            print(f"{SLOWER}: torch.compile failed ({reason}).")
             quick = network
         return quick(*args)
 
     return call
-
-
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def describe(device: torch.device) -> str:
@@ -151,10 +141,8 @@ def describe(device: torch.device) -> str:
 
 def synchronize(device: torch.device) -> None:
     """Wait for the device, so that a clock read next is right."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def peak_memory(device: torch.device) -> float:
@@ -172,11 +160,9 @@ def peak_memory(device: torch.device) -> float:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, of the GPU or of the machine. torch has a type for one case and words for the others."""
+    """Whether memory ran out, of the GPU or of the machine. torch has words for that, and a type in one case alone."""
     words = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED", "bad_alloc")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-    )
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
 
 
 def memory_advice(batch_size: int, grad_accum_steps: int) -> str:

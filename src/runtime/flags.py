@@ -144,7 +144,8 @@ class FlagParser(argparse.ArgumentParser):
         self.add_argument_group("options").add_argument("--help", action="help", help="show this text and exit")
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """The flags, and as `typed` the names of those that were typed. Of two alike the last counts. Raises FlagError."""
+        """The flags, as `typed` the names of those that were typed, as `command` what was typed. Of two alike the last counts.
+        Raises FlagError."""
         words = ["--help" if word == "-h" else word for word in argv]  # as a flag, -h would catch -horizontal_flip
         for i in range(len(words) - 1, 0, -1):  # argparse would take -1e-4 for a flag
             if re.match(r"(?i)-(\.?\d|inf|nan)", words[i]) and re.fullmatch(r"--\w+", words[i - 1]):
@@ -160,6 +161,7 @@ class FlagParser(argparse.ArgumentParser):
             meant = (ours for end in ends for ours in known if end in (ours, *ELSEWHERE.get(ours, "").split()))
             hint = next((f"; did you mean --{ours}?" for ours in meant), did_you_mean(name, known, "--"))
             raise FlagError(f"{found}{hint} 'python {self.prog} --help' lists them.")
+        flags.command = shlex.join(["python", self.prog, *argv])
         flags.typed = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
         return flags
 

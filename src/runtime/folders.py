@@ -61,39 +61,35 @@ def choose_checkpoint(flags: Namespace) -> None:
             flags.checkpoint = str(latest)
 
 
-class FolderLock:
-    """`with FolderLock(folder, flag):` makes the folder and holds it until the block ends or the process dies. The operating
-    system keeps the lock, not the file. flag: the setting that named the folder, way_out: another folder, for messages.
+@contextlib.contextmanager
+def lock_folder(folder: Path, flag: str, way_out: str = "give this one a name: --run NAME") -> Iterator[None]:
+    """Make the folder and hold it until the block ends or the process dies. The operating system keeps the lock, not the file.
+    flag: the setting that named the folder, way_out: another folder, for messages.
     Raises UserError while another process has it, or without write permission."""
-
-    def __init__(self, folder: Path, flag: str, way_out: str = "give this one a name: --run NAME"):
-        self.folder, self.flag, self.way_out, self.path = folder, flag, way_out, folder / LOCK
-
-    def __enter__(self) -> "FolderLock":
-        with writing(self.folder, self.flag):
-            make_folders(self.folder)
-            self.file = open(self.path, "a+", encoding="utf-8")
+    path = folder / LOCK
+    with writing(folder, flag):
+        make_folders(folder)
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (the next line closes it)
+    with file:
         try:
-            take(self.file)
-            if not (self.path.exists() and os.path.samefile(self.file.fileno(), self.path)):  # its owner just removed it
+            take(file)
+            if not (path.exists() and os.path.samefile(file.fileno(), path)):  # its owner just removed it
                 raise BlockingIOError
         except (BlockingIOError, PermissionError):  # other errors: a file system without locks
-            self.file.seek(0)
-            owner = self.file.read().strip() or "another process"
-            self.file.close()
-            raise UserError(f"{self.folder} is in use by {owner}. Wait for it to end, or {self.way_out}.") from None
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            raise UserError(f"{folder} is in use by {owner}. Wait for it to end, or {way_out}.") from None
         except OSError as error:
-            print(f"Warning: {self.folder} cannot be locked ({reason(error)}). Make sure that only one run uses it at a time.")
+            print(f"Warning: {folder} cannot be locked ({reason(error)}). Make sure that only one run uses it at a time.")
         with contextlib.suppress(OSError):  # a full disk: the lock holds, only without its owner's name
-            os.ftruncate(self.file.fileno(), 0)
-            os.write(self.file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        remove_parts(self.folder)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):  # Windows removes no open file
-            self.path.unlink()
-        self.file.close()
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        remove_parts(folder)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # Windows removes no open file
+                path.unlink()
 
 
 def remove_parts(folder: Path) -> None:
@@ -181,7 +177,7 @@ def picture_folder(out: Path, about: dict[str, Any], facts: dict[str, Any], over
     same. Others are refused; with overwrite those that sample.py drew are removed first, and nothing else ever is.
     facts: what else settings.json says, which changes no picture.   Raises UserError."""
     file, images = out / "settings.json", out / "images"
-    with FolderLock(out, "--output_dir", "choose another --output_dir"):
+    with lock_folder(out, "--output_dir", "choose another --output_dir"):
         with reading(out):
             found = settings_of(file)
             there = sorted(images.iterdir()) if images.is_dir() else []

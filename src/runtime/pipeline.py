@@ -50,15 +50,12 @@ HOW_TO_DRAW: Rows = [
 ]
 
 
-def check_drawing_flags(flags: Namespace) -> None:
-    if flags.eta and flags.sampler != "ddim":
-        raise FlagError(f"--eta: got {flags.eta:g} with --sampler {flags.sampler}; only --sampler ddim takes it.")
-
-
 class Pipeline:
     """A checkpoint ready to draw: the network, the diffusion, the classes, and how the flags want it done."""
 
     def __init__(self, flags: Namespace, world: World = World()):
+        if flags.eta and flags.sampler != "ddim":
+            raise FlagError(f"--eta: got {flags.eta:g} with --sampler {flags.sampler}; only --sampler ddim takes it.")
         self.world = world
         weights = "ema" if flags.weights == "ema" else "model"
         state = load_checkpoint(Path(flags.checkpoint), (*TO_DRAW, weights), mmap=True)
@@ -88,9 +85,8 @@ class Pipeline:
                 f"--guidance: got {flags.guidance:g}, but this checkpoint was trained with LABEL_DROPOUT 0: it saw no hidden "
                 f"label. Allowed is 1; for other values train with --label_dropout 0.1."
             )
-        every = list(range(len(self.classes)))
-        chosen = parse_classes(flags.classes, self.classes, self.class_ids) if flags.classes else every
-        self.labels = chosen if s.CLASS_CONDITIONAL else None
+        every = [*range(len(self.classes))] if s.CLASS_CONDITIONAL else None
+        self.labels = parse_classes(flags.classes, self.classes, self.class_ids) if every and flags.classes else every
         self.device = pick_device(flags.device, world.local_rank)
         self.dtype = pick_precision(flags.precision, self.device)
         self.precision = str(self.dtype).removeprefix("torch.")

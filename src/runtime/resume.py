@@ -55,9 +55,6 @@ def check_length(saved: Mapping[str, Any] | None, settings: Settings, last_step:
         )
 
 
-# --- images that are not those of the checkpoint ----------------------------------------------------------
-
-
 def check_data(saved: Mapping[str, Any], settings: Settings, data: Mapping[str, Images], accept_changes: bool) -> None:
     """Refuse to resume on other images or classes, or say how many there were and are. An older checkpoint does not know its
     own images."""

@@ -50,14 +50,12 @@ class StopRequest:
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """A block in which nothing would be lost. A signal that came before, or that the block swallowed, raises at its end."""
-        with self.postponed(""):
-            try:
-                if self.signal is None:
-                    yield
-            finally:
-                if self.signal is not None:
-                    raise KeyboardInterrupt
+        """A block in which nothing would be lost. One that the block swallowed or took for a fault raises at its end."""
+        try:
+            yield
+        finally:
+            if self.signal is not None:
+                raise KeyboardInterrupt
 
     def note(self, number: int, frame: FrameType | None) -> None:
         """The handler."""

@@ -25,7 +25,7 @@ from src.runtime.checkpoint import (
     load_weights,
 )
 from src.runtime.distributed import World
-from src.runtime.folders import FolderLock
+from src.runtime.folders import lock_folder
 from src.runtime.monitor import Meter
 from src.runtime.resume import FREE, TUNABLE, check_data, check_resume
 from src.runtime.settings import KINDS, resolve
@@ -110,7 +110,7 @@ def test_what_a_killed_run_left_half_written_is_removed_and_nothing_else(tmp_pat
     mine = [".mail.part-1", ".my.part-of-it", "latest.pth", "notes.part-1"]
     for name in (".latest.pth.part-0f17ab42", ".latest.previous.pth.part-link", ".ddpm.lock", *mine):
         (tmp_path / name).touch()
-    with FolderLock(tmp_path, "--checkpoint_path"):
+    with lock_folder(tmp_path, "--checkpoint_path"):
         assert sorted(os.listdir(tmp_path)) == sorted([".ddpm.lock", *mine])
     assert sorted(os.listdir(tmp_path)) == mine, "and the lock goes with the run"
 

@@ -41,7 +41,7 @@ def test_one_compilation_serves_all_steps_learning_rates_and_epochs(count, flags
     """train.py itself: 8 steps an epoch, or 4, with warm-up, validations and previews between them."""
     folders = f"--checkpoint_path {tmp_path}/c --output_path {tmp_path}/o --log_path {tmp_path}/l --sample_every 1 "
     monkeypatch.setattr(train, "open_data", lambda *_: (None, {"train": images(), "val": images()}))
-    monkeypatch.setattr(train, "should_compile", lambda *_: True)  # without its trial
+    monkeypatch.setattr(train, "should_compile", lambda *_: True)  # whichever compilers there are
     with StopRequest() as stop:
         train.train(resolve(config, f"{FLAGS}{folders}{flags} --max_steps 17".split()), World(), stop)
     assert count.frame_count == 1, f"{count.frame_count} compilations in 17 steps"

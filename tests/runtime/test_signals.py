@@ -41,7 +41,7 @@ def test_a_second_ctrl_c_raises(capfd):
 
 def test_a_signal_that_the_block_swallowed_is_raised_at_its_end():
     swallowed = contextlib.suppress(KeyboardInterrupt)  # as a destructor does
-    with pytest.raises(KeyboardInterrupt), StopRequest() as stop, stop.postponed("step"), stop.at_once(), swallowed:
+    with pytest.raises(KeyboardInterrupt), StopRequest() as stop, stop.at_once(), swallowed:
         send("SIGTERM")
 
 
@@ -62,7 +62,7 @@ def test_in_another_thread_no_handler_is_touched():
 
     def body(stop: StopRequest) -> None:
         assert signal.getsignal(signal.SIGTERM) is before
-        with stop.postponed("step"), stop.at_once():
+        with stop.at_once(), stop.postponed("step"):
             pass
 
     thread = threading.Thread(target=lambda: codes.append(run_script("train.py", body, "stopped")))
