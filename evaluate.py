@@ -41,7 +41,7 @@ NETWORKS += [f"clip-vit-{name}" for name in ("b-32", "b-16", "l-14", "l-14-336px
 
 
 def read_flags(argv: Sequence[str]) -> Namespace:
-    """The flags, each checked by itself. Raises FlagError."""
+    """The flags, each checked by itself and beside the others. Raises FlagError."""
     source = PATH | {"metavar": "SOURCE"}
     features = "network: inception, a file of Inception weights, random (no download), vgg16, ... (default: inception)"
     rows: Rows = [
@@ -75,12 +75,6 @@ def read_flags(argv: Sequence[str]) -> Namespace:
     examples = ["--run demo --loss --nll", "--run demo --num_samples 2000"]
     flags = FlagParser("evaluate.py", rows, description, examples).parse(argv)
     flags.fid = flags.fid or not (flags.nll or flags.loss or flags.nearest)
-    check_flags(flags)
-    return flags
-
-
-def check_flags(flags: Namespace) -> None:
-    """What cannot be asked for together."""
     for flag, is_given in (("--exact", flags.exact), ("--nll_steps", flags.nll_steps is not None)):
         if is_given and not flags.nll:
             raise FlagError(f"{flag}: belongs to --nll; add it, or leave this out.")
@@ -92,6 +86,7 @@ def check_flags(flags: Namespace) -> None:
         problem = "a folder, but a file of weights is needed" if os.path.isdir(flags.features) else "no file and no network"
         allowed = f"a file of Inception weights and {', '.join(NETWORKS)}"
         raise FlagError(f"--features: {flags.features} is {problem}; allowed are {allowed}.")
+    return flags
 
 
 def check_data(ev: Evaluation) -> None:
@@ -111,11 +106,10 @@ def check_data(ev: Evaluation) -> None:
         if given and samples == reference and given.fingerprint == others[0].fingerprint:
             raise FlagError("--samples, --reference: both are the same pictures; a set compared with itself says nothing.")
         if min(samples, reference) < max(flags.kid_subset_size, FEWEST):
-            raise UserError(
-                f"There are {count(samples, 'sample')} and {count(reference, 'reference picture')}, but KID compares "
-                f"subsets of {flags.kid_subset_size:,}, and precision, recall and the Inception Score need {FEWEST}. Use more "
-                f"pictures, e.g. with --num_samples, or a smaller --kid_subset_size."
-            )
+            found = f"There are {count(samples, 'sample')} and {count(reference, 'reference picture')}"
+            needed = f"KID compares subsets of {flags.kid_subset_size:,}; precision, recall and Inception Score need {FEWEST}"
+            advice = "Use more pictures, e.g. with --num_samples, or a smaller --kid_subset_size."
+            raise UserError(f"{found}, but {needed}. {advice}")
     if ev.world.is_main and (flags.fid or (flags.nearest and flags.features)):
         from src.evaluation.distribution import FeatureNetwork  # here, because torch-fidelity takes seconds
 

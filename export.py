@@ -69,11 +69,9 @@ def unet_config(s: Settings, model: UNet) -> dict[str, Any]:
     head_dims = {dim // heads for dim, heads in layers}
     are_single = all(heads == 1 for _, heads in layers)
     if s.DIM_MULTS[0] != 1 or (len(head_dims) > 1 and not are_single):
-        raise UserError(
-            f"diffusers' UNet2DModel cannot express this network (UNET_DIM {s.UNET_DIM}, DIM_MULTS {as_text(s.DIM_MULTS)}, "
-            f"attention heads of {as_text(sorted(head_dims))} channels): DIM_MULTS must begin with 1, and all heads have the "
-            f"same width. Export the weights alone with --weights_only."
-        )
+        found = f"UNET_DIM {s.UNET_DIM}, DIM_MULTS {as_text(s.DIM_MULTS)}, heads of {as_text(sorted(head_dims))} channels"
+        needed = "DIM_MULTS must begin with 1, and all heads have the same width. Export the weights alone with --weights_only."
+        raise UserError(f"diffusers' UNet2DModel cannot express this network ({found}): {needed}")
     has_attention = [s.IMAGE_SIZE >> level in s.ATTENTION_RESOLUTIONS for level in range(len(s.DIM_MULTS))]
     return {
         "_class_name": "UNet2DModel",

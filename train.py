@@ -135,12 +135,10 @@ def open_data(run: Run, world: World) -> tuple[dict | None, dict[str, Images]]:
         data = {split: open_images(s, split) for split in ("train", "val")}
     world.check_same(saved["step"] if saved else 0, "the step to go on from")
     world.check_same(len(data["train"]), "the number of training images")
-    train_classes, val_classes = data["train"].classes, data["val"].classes
-    if s.CLASS_CONDITIONAL and not same_classes(train_classes, val_classes):
-        raise UserError(
-            f"{s.DATASET} has the classes {', '.join(train_classes[:9])} to train on and {', '.join(val_classes[:9])} to "
-            f"validate. Give both the same ones in the same order, or train without them: --class_conditional false."
-        )
+    if s.CLASS_CONDITIONAL and not same_classes(data["train"].classes, data["val"].classes):
+        train_classes, val_classes = (", ".join(data[split].classes[:9]) for split in ("train", "val"))
+        advice = "Give both the same ones in the same order, or train without them: --class_conditional false."
+        raise UserError(f"{s.DATASET} has the classes {train_classes} to train on and {val_classes} to validate. {advice}")
     if saved:
         check_data(saved, s, data, run.accept_changes)
     return saved, data
@@ -148,21 +146,16 @@ def open_data(run: Run, world: World) -> tuple[dict | None, dict[str, Images]]:
 
 def stop_if_not_finite(s: Settings, meter: Meter, scaler: torch.amp.GradScaler, lr: float) -> None:
     """Wait for the device; raise UserError if the gradient of any step so far was not finite. Call before anything is saved.
-
     fp16 has its own way: the scaler skips such a step and halves its scale, from 65536, until there is no hope."""
     latest = s.folder("CHECKPOINT_PATH") / "latest.pth"
     kept = f"{latest} is the last good state" if latest.exists() else "nothing was saved yet"
     if scaler.is_enabled() and scaler.get_scale() < 1:
-        raise UserError(
-            f"The loss or gradients overflow fp16 even unscaled, so step after step is skipped (learning rate {lr:.1e}); "
-            f"{kept}. Run again with --precision bf16 or fp32."
-        )
+        found = f"The loss or gradients overflow fp16 even unscaled, so step after step is skipped (learning rate {lr:.1e})"
+        raise UserError(f"{found}; {kept}. Run again with --precision bf16 or fp32.")
     if not scaler.is_enabled() and (step := int(meter.bad_step)) >= 0:
-        raise UserError(
-            f"The loss or gradient of step {step:,} is not finite (learning rate {lr:.1e}). It did not reach the weights; "
-            f"{kept}. Run again with half the learning rate (--learning_rate {s.LEARNING_RATE / 2:g} --accept_changes), "
-            f"more --warmup_steps, or --precision fp32."
-        )
+        found = f"The loss or gradient of step {step:,} is not finite (learning rate {lr:.1e}). It did not reach the weights"
+        half = f"half the learning rate (--learning_rate {s.LEARNING_RATE / 2:g} --accept_changes)"
+        raise UserError(f"{found}; {kept}. Run again with {half}, more --warmup_steps, or --precision fp32.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

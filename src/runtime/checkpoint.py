@@ -55,27 +55,31 @@ class Progress:
 
 
 class Checkpoints:
-    """The checkpoints of a run in their folder. A new part of the run is one entry in `parts`.
+    """The checkpoints of a run in their folder. A new part of the run is one entry in `parts`. The noise and the order of the
+    images follow from SEED and step, so no state of a random generator is kept.
 
     data: {"train": images, "val": images}.   parts: {name: object with state_dict and load_state_dict}.
     saved: the checkpoint to restore them from, or None.
-    The noise and the order of the images follow from SEED and step, so no state of a random generator is kept.
     """
 
-    def __init__(
-        self, settings: Settings, world: World, data: dict[str, Images], progress: Progress, parts: dict, saved: dict | None
-    ):
-        self.folder, self.world, self.progress, self.parts = settings.folder("CHECKPOINT_PATH"), world, progress, parts
+    def __init__(self, s: Settings, world: World, data: dict[str, Images], progress: Progress, parts: dict, saved: dict | None):
+        self.folder, self.world, self.progress, self.parts = s.folder("CHECKPOINT_PATH"), world, progress, parts
         self.classes: list[str] = data["train"].classes
-        self.about: dict[str, Any] = {"config": asdict(settings), "last_step": progress.last_step, "data": fingerprints(data)}
+        self.about: dict[str, Any] = {"config": asdict(s), "last_step": progress.last_step, "data": fingerprints(data)}
         self.about |= {"classes": self.classes, "class_ids": data["train"].class_ids}
-        self.about |= {"draws": number_of_draws(settings, len(data["val"]), progress.last_step)}
+        self.about |= {"draws": number_of_draws(s, len(data["val"]), progress.last_step)}
         self.saved_at = time.monotonic()
-        if saved:
-            self.restore(saved)
-            if why := other_measure(saved, settings, self.about):
-                print(f"note: best.pth is chosen anew: the lowest validation loss so far, {progress.best_loss:.5f}, {why}")
-                progress.best_loss = float("inf")
+        if not saved:
+            return
+        for name, part in parts.items():
+            if isinstance(part, nn.Module):
+                load_weights(part, saved[name])
+            elif saved[name]:  # the scaler's state is empty but for fp16
+                part.load_state_dict(saved[name])
+        progress.step, progress.best_loss = saved["step"], saved["best_loss"]
+        if why := other_measure(saved, s, self.about):
+            print(f"note: best.pth is chosen anew: the lowest validation loss so far, {progress.best_loss:.5f}, {why}")
+            progress.best_loss = float("inf")
 
     def is_due(self, minutes: float) -> bool:
         """Whether the last save is more than so many minutes ago; 0 is never."""
@@ -102,15 +106,6 @@ class Checkpoints:
                     torch.save({"version": VERSION} | self.about | states, file)
             except RuntimeError as error:  # torch hides what a write raises behind a RuntimeError
                 raise (error.__context__ if isinstance(error.__context__, (OSError, KeyboardInterrupt)) else error) from None
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Put a loaded checkpoint back into the objects of the run."""
-        for name, part in self.parts.items():
-            if isinstance(part, nn.Module):
-                load_weights(part, state[name])
-            elif state[name]:  # the scaler's state is empty but for fp16
-                part.load_state_dict(state[name])
-        self.progress.step, self.progress.best_loss = state["step"], state["best_loss"]
 
 
 def fingerprints(data: Mapping[str, Images]) -> dict[str, dict[str, Any]]:
@@ -175,10 +170,8 @@ def load_checkpoint(path: Path, needs: Collection[str] = TO_RESUME, mmap: bool =
         state = {"version": 1, "class_ids": state["classes"]} | state  # for a file that was stripped by hand
     if not isinstance(state, dict) or not isinstance(state.get("version"), int):
         raise UserError(f"{path} is a file of another program: it has no version of this one's. Use another one.")
-    if state["version"] > VERSION:
-        raise UserError(
-            f"{path} has format version {state['version']}, this program reads up to {VERSION}. Update it (git pull)."
-        )
+    if (version := state["version"]) > VERSION:
+        raise UserError(f"{path} has format version {version}, this program reads up to {VERSION}. Update it (git pull).")
     missing = [name for name in needs if name not in state]
     if missing and all(name in state for name in TO_DRAW):
         advice = f"A new run can start from its weights: add --init_from {shlex.quote(str(path))} --run NAME"
@@ -187,15 +180,12 @@ def load_checkpoint(path: Path, needs: Collection[str] = TO_RESUME, mmap: bool =
         raise UserError(f"{path} holds only what drawing needs: it lacks {', '.join(missing)}. {advice}.")
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}; another program wrote it. Use another one.")
-    if state["version"] == 1:
-        state |= {part: with_names_of_version_2(state[part]) for part in ("model", "ema") if part in state}
+    for part in state.keys() & {"model", "ema"} if version == 1 else ():
+        renamed = {"stages": "blocks", "shrink": "downsample", "grow": "upsample"}
+        names = {name: ".".join(renamed.get(word, word) for word in name.split(".")) for name in state[part]}
+        state[part] = {new: state[part][old] for old, new in names.items()}
     state["config"] = settings_from_dict(state["config"])
     return state
-
-
-def with_names_of_version_2(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    renamed = {"stages": "blocks", "shrink": "downsample", "grow": "upsample"}
-    return {".".join(renamed.get(word, word) for word in name.split(".")): tensor for name, tensor in weights.items()}
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -204,10 +194,8 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         model.load_state_dict(weights)
     except RuntimeError as error:
         difference = " ".join(str(error).split("\n")[1].split())[:200].rstrip(".")
-        raise UserError(
-            f"The checkpoint does not fit the network of src/model.py ({difference}). Undo what was changed there since, "
-            f"use another one, or train anew under another name: --run NAME."
-        ) from None
+        advice = "Undo what was changed there since, use another one, or train anew under another name: --run NAME."
+        raise UserError(f"The checkpoint does not fit the network of src/model.py ({difference}). {advice}") from None
 
 
 # --- latest.pth: what a restart resumes from --------------------------------------------------------------

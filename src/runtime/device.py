@@ -36,10 +36,8 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     if name != "cuda":
         return torch.device(name)
     if local_rank >= torch.cuda.device_count():
-        raise FlagError(
-            f"--device: this machine has {count(torch.cuda.device_count(), 'GPU')}, too few for process number {local_rank}, "
-            f"counted from 0. Give torchrun a smaller --nproc_per_node, or --device cpu."
-        )
+        found = f"{count(torch.cuda.device_count(), 'GPU')}, too few for process number {local_rank}, counted from 0"
+        raise FlagError(f"--device: this machine has {found}. Give torchrun a smaller --nproc_per_node, or --device cpu.")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
@@ -170,8 +168,6 @@ def memory_advice(batch_size: int, grad_accum_steps: int) -> str:
     if batch_size == 1:
         return "Out of memory with a batch of one image. Use a smaller --unet_dim or --image_size."
     smaller = next(size for size in range(batch_size // 2, 0, -1) if batch_size % size == 0)
-    return (
-        f"Out of memory with BATCH_SIZE {batch_size} and GRAD_ACCUM_STEPS {grad_accum_steps}. The same effective batch needs "
-        f"less with --batch_size {smaller} --grad_accum_steps {grad_accum_steps * batch_size // smaller}; the run goes on from "
-        f"its last save."
-    )
+    found = f"Out of memory with BATCH_SIZE {batch_size} and GRAD_ACCUM_STEPS {grad_accum_steps}"
+    less = f"less with --batch_size {smaller} --grad_accum_steps {grad_accum_steps * batch_size // smaller}"
+    return f"{found}. The same effective batch needs {less}; the run goes on from its last save."

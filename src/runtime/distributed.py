@@ -62,10 +62,8 @@ class World:
         if batch_size % self.size:
             below = batch_size // self.size * self.size
             near = " or ".join(str(size) for size in (below, below + self.size) if size)
-            raise FlagError(
-                f"--batch_size: got {batch_size}, the images per pass of all {self.size} processes together. Each takes the "
-                f"same number, so allowed are multiples of {self.size}, for example {near}."
-            )
+            found = f"got {batch_size}, the images per pass of all {self.size} processes together. Each takes the same number"
+            raise FlagError(f"--batch_size: {found}, so allowed are multiples of {self.size}, for example {near}.")
         return batch_size // self.size
 
     def shard(self, items: Any) -> Any:
@@ -104,10 +102,8 @@ class World:
         """Raise UserError if the number is not the same in all processes."""
         low, high = self.max(-number, number)
         if -low != high:
-            raise UserError(
-                f"The processes do not agree on {what}. Start all of them with the same flags, on a --checkpoint_path that all "
-                f"machines share."
-            )
+            advice = "Start all of them with the same flags, on a --checkpoint_path that all machines share."
+            raise UserError(f"The processes do not agree on {what}. {advice}")
 
     def parallel(self, network: nn.Module, device: torch.device) -> Any:
         """The network with gradients that are the mean over all processes, summed during the backward pass."""

@@ -132,6 +132,7 @@ class FlagParser(argparse.ArgumentParser):
         options |= {"description": "\n  ".join([description, *(f"python {script} {words}" for words in examples)])}
         options |= {"formatter_class": partial(argparse.RawDescriptionHelpFormatter, max_help_position=31)}
         super().__init__(script, **options)
+        self._negative_number_matcher = re.compile(r"(?i)-(\.?\d|inf|nan)")  # argparse would take -1e-4 for a flag
         group: Any = self
         for row in rows:
             if isinstance(row, str):
@@ -147,9 +148,6 @@ class FlagParser(argparse.ArgumentParser):
         """The flags, as `typed` the names of those that were typed, as `command` what was typed. Of two alike the last counts.
         Raises FlagError."""
         words = ["--help" if word == "-h" else word for word in argv]  # as a flag, -h would catch -horizontal_flip
-        for i in range(len(words) - 1, 0, -1):  # argparse would take -1e-4 for a flag
-            if re.match(r"(?i)-(\.?\d|inf|nan)", words[i]) and re.fullmatch(r"--\w+", words[i - 1]):
-                words[i - 1 : i + 1] = [f"{words[i - 1]}={words[i]}"]
         flags, strangers = self.parse_known_args(words)
         for word in (stranger.partition("=")[0] for stranger in strangers):
             found = f"{word}: no such flag" if word.startswith("-") else f"{word!r}: a word that belongs to no flag"

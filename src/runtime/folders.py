@@ -119,10 +119,8 @@ def claim(folder: Path, checkpoints: Path, saved_in: Path | None) -> None:
         whose, way = "another run", ""
         if owner != ours:
             whose, way = f"the run in {theirs}", f" To go on with that run, first move its files *.pth to {checkpoints}."
-        raise UserError(
-            f"{folder} holds previews or curves of {whose}. Give this run a name: --run NAME keeps its checkpoints, outputs "
-            f"and logs apart.{way}"
-        )
+        advice = "Give this run a name: --run NAME keeps its checkpoints, outputs and logs apart."
+        raise UserError(f"{folder} holds previews or curves of {whose}. {advice}{way}")
     with atomic_file(file) as part:
         part.write(ours.encode("utf-8", "surrogateescape"))
 

@@ -30,9 +30,7 @@ from src.utils import make_folders, printable, writing
 
 class Meter:
     """Sums of the loss, by quarter of t, and of the gradient norm. They stay on the device: nothing waits until `read`.
-
-    Values that are not finite are left out: under fp16 a step whose gradients overflow is skipped now and then.
-    """
+    Values that are not finite are left out: under fp16 a step whose gradients overflow is skipped now and then."""
 
     def __init__(self, time_steps: int, device: torch.device, world: World = World()):
         self.time_steps, self.world = time_steps, world
@@ -119,24 +117,17 @@ class EventFile:
         """image: [3, H, W] uint8."""
         self.write(step=step, summary=summary.image(tag, image, dataformats="CHW"))
 
-    def table(self, step: int, tag: str, rows: dict) -> None:
-        """A table of two columns, in Markdown."""
-        lines = "\n".join(f"| {name} | {printable(value)} |" for name, value in rows.items())
-        self.write(step=step, summary=summary.text(tag, f"| name | value |\n|---|---|\n{lines}"))
-
 
 class Monitor(contextlib.AbstractContextManager):
-    """One run's TensorBoard events in LOG_PATH, and its progress bar, or lines of text where there is no terminal. In all
-    processes but the main one they go nowhere.
-
-    A run resumed after `first_step` steps hides what an earlier one wrote past it.
-    """
+    """A run's TensorBoard events in LOG_PATH, and its progress bar, or lines of text where there is no terminal. In all
+    processes but the main one they go nowhere. A run resumed after `first_step` steps hides what came past it before."""
 
     def __init__(self, s: Settings, world: World, device: torch.device, first_step: int, last_step: int, work: Work = float):
         self.device, self.is_main, self.images_per_step = device, world.is_main, s.BATCH_SIZE * s.GRAD_ACCUM_STEPS
         self.events = EventFile(s.folder("LOG_PATH"), first_step + 1, world.is_main)
         kept = {name: value for name, value in asdict(s).items() if name not in FREE - {"EPOCHS", "PRECISION"}}
-        self.events.table(first_step, "settings", {f"--{name.lower()}": as_text(value) for name, value in kept.items()})
+        rows = "".join(f"| --{name.lower()} | {printable(as_text(value))} |\n" for name, value in kept.items())
+        self.events.write(step=first_step, summary=summary.text("settings", f"| name | value |\n|---|---|\n{rows}"))
         self.bar = Bar(total=last_step, initial=first_step, unit="step", disable=not world.is_main, work=work)
         self.restart_clock(first_step)
 

@@ -31,7 +31,6 @@ DEFAULT_STEPS = {"ddim": 50, "dpm++": 20}  # ddpm takes all that the model was t
 Start = Callable[[Sequence[int]], tuple[Noise, Tensor | None, Model]]
 GIF_FRAMES, GIF_IMAGES = 50, 16  # the most that denoising.gif shows
 
-
 WHICH_SERIES: Rows = [
     ("seed", KINDS["SEED"], 0, "which series of pictures"),
     ("classes", CLASSES, "", f"{CLASSES['type'].__name__}; one picture of each, then again (default: all)"),
@@ -63,9 +62,8 @@ class Pipeline:
         self.step, self.epoch = state.get("step"), state.get("epoch")
         s, most = self.settings, self.settings.TIME_STEPS
         if flags.steps and flags.steps > most:
-            raise FlagError(
-                f"--steps: got {flags.steps}; this checkpoint was trained with TIME_STEPS {most}, allowed are 1 to {most}."
-            )
+            allowed = f"this checkpoint was trained with TIME_STEPS {most}, allowed are 1 to {most}"
+            raise FlagError(f"--steps: got {flags.steps}; {allowed}.")
         self.steps = flags.steps or min(most, DEFAULT_STEPS.get(flags.sampler, most))
         walk = getattr(flags, "interpolate", None)  # sample.py has it
         points = [] if walk in (None, "next") else walk
@@ -81,10 +79,8 @@ class Pipeline:
         if not s.CLASS_CONDITIONAL and (flags.classes not in ("", "all") or flags.guidance != 1):
             raise FlagError("--classes, --guidance: this checkpoint knows no classes; train with --class_conditional true.")
         if s.CLASS_CONDITIONAL and not s.LABEL_DROPOUT and flags.guidance != 1:
-            raise FlagError(
-                f"--guidance: got {flags.guidance:g}, but this checkpoint was trained with LABEL_DROPOUT 0: it saw no hidden "
-                f"label. Allowed is 1; for other values train with --label_dropout 0.1."
-            )
+            found = f"got {flags.guidance:g}, but this checkpoint was trained with LABEL_DROPOUT 0: it saw no hidden label"
+            raise FlagError(f"--guidance: {found}. Allowed is 1; for other values train with --label_dropout 0.1.")
         every = [*range(len(self.classes))] if s.CLASS_CONDITIONAL else None
         self.labels = parse_classes(flags.classes, self.classes, self.class_ids) if every and flags.classes else every
         self.device = pick_device(flags.device, world.local_rank)

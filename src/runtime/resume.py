@@ -38,21 +38,17 @@ def check_resume(saved: Settings, settings: Settings, accept_changes: bool) -> N
     way_out = f"to go on, give its own settings: {as_flags({name: old for name, old, _ in refused})}"
     if all(name in TUNABLE for name, _, _ in refused):
         way_out += "; to go on with the new ones, add --accept_changes"
-    raise UserError(
-        f"The checkpoint in {settings.folder('CHECKPOINT_PATH')} was trained with other settings ({listed}). "
-        f"Either {way_out}; or start anew under another name: --run NAME."
-    )
+    found = f"The checkpoint in {settings.folder('CHECKPOINT_PATH')} was trained with other settings ({listed})"
+    raise UserError(f"{found}. Either {way_out}; or start anew under another name: --run NAME.")
 
 
 def check_length(saved: Mapping[str, Any] | None, settings: Settings, last_step: int, accept_changes: bool) -> None:
     """Refuse to resume a run whose learning rate decays if it would end elsewhere: the rate of each step would be another."""
     before = saved.get("last_step", last_step) if saved else last_step
     if settings.LR_SCHEDULE != "constant" and before != last_step and not accept_changes:
-        raise UserError(
-            f"LR_SCHEDULE {settings.LR_SCHEDULE}: the learning rate decayed towards step {before:,}, and this command ends at "
-            f"step {last_step:,}. Either give the same --epochs and --max_steps; or decay over the new length with "
-            f"--accept_changes."
-        )
+        found = f"the learning rate decayed towards step {before:,}, and this command ends at step {last_step:,}"
+        ways_out = "Either give the same --epochs and --max_steps; or decay over the new length with --accept_changes."
+        raise UserError(f"LR_SCHEDULE {settings.LR_SCHEDULE}: {found}. {ways_out}")
 
 
 def check_data(saved: Mapping[str, Any], settings: Settings, data: Mapping[str, Images], accept_changes: bool) -> None:
@@ -69,10 +65,8 @@ def check_data(saved: Mapping[str, Any], settings: Settings, data: Mapping[str, 
         if has_others and own != settings.CLASSES:
             way_back = f"give its own classes, {as_flags({'CLASSES': own})}"
         way_on = "" if is_fixed else "to go on with the new ones, add --accept_changes; "
-        raise UserError(
-            f"The checkpoint in {settings.folder('CHECKPOINT_PATH')} was trained on other images ({changed}). Either "
-            f"{way_back}; {way_on}or start anew under another name: --run NAME."
-        )
+        found = f"The checkpoint in {settings.folder('CHECKPOINT_PATH')} was trained on other images ({changed})"
+        raise UserError(f"{found}. Either {way_back}; {way_on}or start anew under another name: --run NAME.")
     if changed:
         print(f"note: going on with other images ({changed}); epochs, also those done, count passes over the new ones")
 
@@ -100,10 +94,8 @@ def start_from(path: str, s: Settings, model: nn.Module) -> None:
     changed = {name: old for name, old, _ in differences(asdict(state["config"]), asdict(s))}
     if 2 * len(taken) < len(own):
         shape = {name: old for name, old in changed.items() if name in ("UNET_DIM", "DIM_MULTS", "NUM_RES_BLOCKS")}
-        raise UserError(
-            f"--init_from: {len(taken)} of this network's {len(own)} tensors have their shape in {path}, at least half are "
-            f"needed. Give its own settings: {as_flags(shape)}."
-        )
+        found = f"{len(taken)} of this network's {len(own)} tensors have their shape in {path}, at least half are needed"
+        raise UserError(f"--init_from: {found}. Give its own settings: {as_flags(shape)}.")
     model.load_state_dict(own | taken)
     anew = [name for name in own if name not in taken]
     more = f" and {len(anew) - 5} more" if len(anew) > 5 else ""

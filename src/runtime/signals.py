@@ -19,10 +19,8 @@ SIGNALS = [getattr(signal, f"SIG{name}") for name in ("INT", "TERM", "HUP", "USR
 class StopRequest:
     """Inside `with StopRequest() as stop:` a signal sets stop.signal and raises KeyboardInterrupt at once. Inside
     `with stop.postponed("step"):` it only sets stop.signal, which the loop there reads, and says what is being finished; a
-    second Ctrl-C raises.
-
-    A signal that the parent process ignores stays ignored, as under nohup. Outside the main thread nothing is changed.
-    """
+    second Ctrl-C raises. A signal that the parent process ignores stays ignored, as under nohup. Outside the main thread
+    nothing is changed."""
 
     signal: int | None = None
     task: str = ""  # what a signal has to wait for; "" if nothing
@@ -83,10 +81,8 @@ class StopRequest:
 
 def run_script(name: str, body: Callable[[StopRequest], None], stopped: str) -> int:
     """Run the body of a script and return its exit code: 0, 2 for flags, 1 for other errors of the user, 128 + the signal.
-
     Errors that the user can fix print one sentence to stderr. A traceback means a bug in this program.
-    stopped: what is kept after a signal that ended the body at once.
-    """
+    stopped: what is kept after a signal that ended the body at once."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large memory pages: 12% of a training step on a CPU
     stop = StopRequest()
     with unfailing_output(), contextlib.ExitStack() as at_end:
