@@ -237,10 +237,11 @@ def test_another_script_has_flags_of_the_same_manner(monkeypatch, capsys):
     parser = FlagParser("draw.py", ["how", *rows], "Draw pictures.")
     monkeypatch.setenv("HOME", "/home/me")
     defaults = dict(steps=20, sizes=(8,), sampler="ddpm", out="/home/me/pictures", gif=False)
-    assert vars(parser.parse([])) == defaults | {"typed": set()}
+    assert vars(parser.parse([])) == defaults | {"typed": set(), "command": "python draw.py"}
     typed = dict(steps=5, sizes=(8, 16), sampler="dpm++", gif=True)
     read = parser.parse(["--steps=5", "--sampler", "DPM++", "--gif", "--sizes", "8,16"])
-    assert vars(read) == defaults | typed | {"typed": typed.keys()}
+    command = "python draw.py --steps=5 --sampler DPM++ --gif --sizes 8,16"
+    assert vars(read) == defaults | typed | {"typed": typed.keys(), "command": command}
     for argv, sentence in {
         ("--steps", "--gif"): "--steps: no value given, expected a whole number from 1 to 50.",
         ("--sampler", 'it\'s "x", (y'): "--sampler: got 'it\\'s \"x\", (y', expected ddpm, ddim or dpm++.",
