@@ -97,8 +97,8 @@ PRESETS = {
         DATASET="tiny-imagenet", CLASS_CONDITIONAL=True, CLASSES="n01443537, n02279972, n02281406, n02165456, n01910747, "
         "n09256479, n07749582, n07747607, n09193705, n09428293",
         UNET_DIM=32, DIM_MULTS=(1, 1, 2, 4), NUM_RES_BLOCKS=1, ATTENTION_RESOLUTIONS=(8,),
-        PREDICTION="v", BETA_SCHEDULE="cosine", MIN_SNR_GAMMA=5, LEARNING_RATE=2e-3, LR_SCHEDULE="cosine", EMA_DECAY=0.999,
-        BATCH_SIZE=16, EPOCHS=170, NUM_SAMPLES=40, SAMPLE_EVERY=10, SAVE_EVERY=50, RUN="nature",
+        PREDICTION="v", BETA_SCHEDULE="cosine", MIN_SNR_GAMMA=5, LEARNING_RATE=5e-4, LR_SCHEDULE="cosine", EMA_DECAY=0.999,
+        GRAD_CLIP=0.1, BATCH_SIZE=16, EPOCHS=170, NUM_SAMPLES=40, SAMPLE_EVERY=10, SAVE_EVERY=50, RUN="nature",
     ),
     # A folder of 100 to 1,000 pictures: many passes, and a warm-up, an average and saves that fit them (docs/recipes.md).
     "small": dict(
