@@ -35,7 +35,7 @@ class Zygote:
     def __init__(self) -> None:
         command = [sys.executable, "-m", "tests.zygote"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
+        self.process = subprocess.Popen(command, cwd=ROOT, **pipes)
 
     def ask(self, **request: Any) -> Any:
         print(json.dumps(request), file=self.process.stdin, flush=True)
@@ -47,14 +47,12 @@ class Zygote:
 
 
 class Process:
-    """A run that has been started in `folder`, where it leaves stdout.txt and stderr.txt unless a terminal is given.
+    """A run that has been started in `folder`, where it leaves stdout.txt and stderr.txt.
     name: goes before the dot, to tell the processes of one job apart."""
 
-    def __init__(
-        self, zygote: Zygote, folder: Path, script: str, argv: list[str], setup: str, terminal: str | None, name: str = ""
-    ):
+    def __init__(self, zygote: Zygote, folder: Path, script: str, argv: list[str], setup: str, name: str = ""):
         self.zygote = zygote
-        self.out_path, self.err_path = (Path(terminal or folder / f"{stream}{name}.txt") for stream in ("stdout", "stderr"))
+        self.out_path, self.err_path = (folder / f"{stream}{name}.txt" for stream in ("stdout", "stderr"))
         self.out_path.touch()  # so that it can be read before the process has made it
         self.err_path.touch()
         files = {"cwd": str(folder), "stdout": str(self.out_path), "stderr": str(self.err_path)}
@@ -105,9 +103,9 @@ class Runner:
         settings = {name: value for name, value in (TINY | paths | changes).items() if value is not None}
         return [word for name, value in settings.items() for word in as_flags({name: value}).replace("'", "").split(" ", 1)]
 
-    def start(self, script: str, *argv: Any, setup: str = "", terminal: str | None = None, name: str = "") -> Process:
+    def start(self, script: str, *argv: Any, setup: str = "", name: str = "") -> Process:
         self.folder.mkdir(exist_ok=True)
-        return Process(self.zygote, self.folder, script, [str(word) for word in argv], setup, terminal, name)
+        return Process(self.zygote, self.folder, script, [str(word) for word in argv], setup, name)
 
     def start_train(self, setup: str = "", **changes: Any) -> Process:
         return self.start("train.py", *self.flags(**changes), setup=setup)
@@ -145,6 +143,13 @@ class Runner:
         events = self.events()
         tags = events.Tags()["images"]
         return {tag: [(event.step, event.encoded_image_string) for event in events.Images(tag)] for tag in tags}
+
+
+class Code:
+    """Whoever opens a pickle of it makes a folder."""
+
+    def __reduce__(self):
+        return os.mkdir, ("made",)
 
 
 def make_pictures(folder: Path) -> Path:

@@ -9,7 +9,6 @@ import torch
 import src.dataset
 from src.data.cache import Images
 from src.dataset import DeviceImages, TrainBatches, ValidationBatches, normalise, prepare
-from src.utils import UserError
 from tests.runs import same
 
 
@@ -96,12 +95,6 @@ def test_processes_share_a_batch_and_together_draw_what_one_draws(world_size):
             assert torch.equal(torch.cat(split), complete)
     shards = [validation(rank=rank, world_size=world_size) for rank in range(world_size)]
     assert sorted(batch.y.tolist() for shard in shards for batch in shard) == sorted(batch.y.tolist() for batch in validation())
-
-
-def test_fewer_images_than_a_step_takes_are_refused():
-    says = "25 training images found, fewer than one step takes, BATCH_SIZE 13 x GRAD_ACCUM_STEPS 2"
-    with pytest.raises(UserError, match=says):
-        train_batches(batch_size=13)
 
 
 # --- images on a device -----------------------------------------------------------------------------------

@@ -8,16 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import config
 from src.runtime.early import cores
 from src.runtime.settings import KINDS
 from src.utils import count
 from tests.runs import ROOT, Process
+from tests.runtime.test_choice import make_cifar10, make_tiny_imagenet, save
 
 NATURE = [word.strip() for word in config.PRESETS["nature"]["CLASSES"].split(",")]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -30,20 +29,8 @@ SIZES = (
     "--image_size 24 --unet_dim 16 --dim_mults 1,1,2,4 --attention_resolutions 0 --num_res_blocks 1 --batch_size 4 "
     "--val_images 4 --num_samples 4 --preview_steps 2 --max_steps 3 --num_workers 0 --device cpu --compile false"
 )
-BY_HAND = (
-    "git ",
-    "cd ",
-    "source ",
-    "pip ",
-    "python -m ",
-    "tensorboard ",
-)  # of the installation, the suite itself, and a server
-
-
-def picture(path: Path, side: int = 40) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(len(str(path))).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path, "JPEG")
+# Of the installation, the suite itself, and a server.
+BY_HAND = ("git ", "cd ", "source ", "pip ", "python -m ", "tensorboard ")
 
 
 @pytest.fixture(scope="module")
@@ -52,19 +39,10 @@ def clone(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("clone")
     (folder / "docs").mkdir()
     shutil.copy(ROOT / "docs" / "shapes.pth", folder / "docs")
-    tiny, cifar = folder / "data/tiny-imagenet-200", folder / "data/cifar-10-batches-bin"
     for i in range(70):
-        picture(folder / "data/my_pictures" / ("cat", "dog")[i % 2] / f"{i}.jpg")
-        picture(tiny / f"train/{NATURE[i % 10]}/images/{i}.JPEG", 64)
-        picture(tiny / f"val/images/{i}.JPEG", 64)
-    (tiny / "wnids.txt").write_text("\n".join(NATURE))
-    (tiny / "val/val_annotations.txt").write_text("".join(f"{i}.JPEG\t{NATURE[i % 10]}\t0\t0\t9\t9\n" for i in range(70)))
-    cifar.mkdir()
-    (cifar / "batches.meta.txt").write_text("".join(f"class{i}\n" for i in range(10)))
-    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
-        records = np.random.default_rng(0).integers(0, 256, (20, 3073), dtype=np.uint8)
-        records[:, 0] = np.arange(20) % 10
-        (cifar / f"{name}.bin").write_bytes(records.tobytes())
+        save(folder / "data/my_pictures" / ("cat", "dog")[i % 2] / f"{i}.jpg", i)
+    make_tiny_imagenet(folder / "data/tiny-imagenet-200", NATURE, 70, 70)
+    make_cifar10(folder / "data/cifar-10-batches-bin", [f"class{i}" for i in range(10)], 20)
     return folder
 
 
@@ -74,23 +52,15 @@ def results(clone, zygote) -> dict[str, tuple[int, str]]:
     found = {}
     setup = f"import os; os.environ['DDPM_FLAGS'] = {SIZES!r}"
     for command in COMMANDS:
-        if command.startswith("python -c"):
-            _, _, snippet = shlex.split(command)
-            done = subprocess.run([sys.executable, "-c", snippet], cwd=ROOT, capture_output=True, text=True)
-            found[command] = done.returncode, done.stdout + done.stderr
-        elif command.startswith("torchrun "):
-            words = [str(ROOT / word) if word.endswith(".py") else word for word in shlex.split(command)[1:]]
-            done = subprocess.run(
-                [sys.executable, "-m", "torch.distributed.run", *words],
-                cwd=clone,
-                env=os.environ | {"OMP_NUM_THREADS": "1", "DDPM_FLAGS": SIZES},
-                capture_output=True,
-                text=True,
-            )
+        if command.startswith(("python -c", "torchrun ")):
+            program, *words = [str(ROOT / word) if word.endswith(".py") else word for word in shlex.split(command)]
+            words = ["-m", "torch.distributed.run", *words] if program == "torchrun" else words
+            where = {"cwd": clone, "env": os.environ | {"PYTHONPATH": str(ROOT), "DDPM_FLAGS": SIZES}}
+            done = subprocess.run([sys.executable, *words], **where, capture_output=True, text=True)
             found[command] = done.returncode, done.stdout + done.stderr
         elif command and not command.startswith(BY_HAND):
             _, script, *words = shlex.split(command)
-            process = Process(zygote, clone, script, words, setup, None).wait(timeout=300)
+            process = Process(zygote, clone, script, words, setup).wait(timeout=300)
             found[command] = process.code, process.out + process.err
     return found
 

@@ -1,6 +1,5 @@
 """What a run does and leaves behind: it learns, at the rate it says, and its files are the ones promised."""
 
-import contextlib
 import math
 import os
 import re
@@ -53,18 +52,13 @@ def test_the_learning_rate_rises_linearly_and_then_stays_or_decays_to_a_hundredt
     assert rates[4:] == pytest.approx([1e-3 * share((k + 1) / 6) for k in range(6)])
 
 
-def test_a_decaying_run_goes_on_exactly_and_its_length_changes_only_on_demand(run):
-    """The rate of every step depends on the last one, so another length is another run."""
+def test_a_decaying_run_goes_on_exactly(run):
     whole, parts = run.to("whole"), run.to("parts")
     whole.train(LR_SCHEDULE="cosine", EPOCHS=2)
     parts.train(signal_at(6, 0, "SIGTERM"), code=143, LR_SCHEDULE="cosine", EPOCHS=2)
     parts.train(LR_SCHEDULE="cosine", EPOCHS=2)
     assert differences(parts.state(), whole.state()) == []
     assert parts.scalars()["optimizer/learning_rate"] == whole.scalars()["optimizer/learning_rate"]
-    refused = parts.train(LR_SCHEDULE="cosine", EPOCHS=3, code=1).err
-    assert "20" in refused and "30" in refused and "--accept_changes" in refused
-    parts.train(LR_SCHEDULE="cosine", EPOCHS=3, accept_changes=True)
-    assert parts.state()["step"] == 30
 
 
 def test_val_every_epochs_are_judged_drawn_and_kept_at_the_next_of_them(run):
@@ -78,7 +72,7 @@ def test_the_closing_hint_draws_also_where_no_label_was_hidden(run):
     said = run.train(CLASS_CONDITIONAL=True, LABEL_DROPOUT=0, max_steps=2).out
     assert "--guidance" not in said
     run.sample(*re.search(r"python sample.py (.*)", said)[1].split(), "--num_samples", 1)
-    hint = run.to("guided").train(CLASS_CONDITIONAL=True, max_steps=2).out
+    hint = run.to("guided").train(CLASS_CONDITIONAL=True, LABEL_DROPOUT=0.1, max_steps=2).out
     run.to("guided").sample(*re.search(r"python sample.py (.*--guidance 2)", hint)[1].split(), "--num_samples", 1)
 
 
@@ -128,6 +122,7 @@ def test_checkpoints_are_plain_dicts_with_the_keys_promised(trained):
 def test_best_is_the_lowest_validation_loss_of_the_ema_weights(run):
     run.train(EPOCHS=2)
     run.train(EPOCHS=3, LEARNING_RATE=1.0, accept_changes=True)  # which spoils the weights
+    assert run.state()["config"]["LEARNING_RATE"] == 1.0
     points = run.scalars()["loss/val"]
     lowest = min(points, key=lambda point: point[1])
     best = load_checkpoint(run.folder / "checkpoints" / "best.pth")
@@ -202,7 +197,7 @@ def test_points_stand_where_the_settings_say(trained):
 def start(folder, *words):
     """python WORDS ... in that folder, as a process of its own."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, *words], cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
+    return subprocess.Popen([sys.executable, *words], cwd=folder, **pipes)
 
 
 def test_a_process_started_from_the_shell_ends_with_the_weights_of_a_fork(run, trained):
@@ -235,36 +230,3 @@ def test_each_script_takes_a_list_and_runs_in_a_thread_as_in_a_notebook(run, mon
     thread.start()
     thread.join(120)
     assert codes == [0, 0, 0, 0, 0, 2]
-
-
-@pytest.mark.skipif(not hasattr(os, "openpty"), reason="there are no terminals of this kind here")
-def test_a_closed_terminal_ends_the_run_as_sigterm_does(run):
-    """Saved, although every line to the terminal that is gone fails."""
-    ours, theirs = os.openpty()
-    process = run.start("train.py", *run.flags(EPOCHS=1000), terminal=os.ttyname(theirs))
-    os.set_blocking(ours, False)
-
-    def has_saved() -> bool:
-        with contextlib.suppress(BlockingIOError):
-            os.read(ours, 1 << 16)  # else the process would wait for somebody to read
-        return (run.folder / "checkpoints/latest.pth").exists()
-
-    process.wait(has_saved)
-    os.close(ours)  # which sends SIGHUP
-    os.close(theirs)
-    assert process.wait().code == 129
-    step = run.state()["step"]
-    assert f"going on after step {step}" in run.train(max_steps=step + 1).out
-
-
-@pytest.mark.slow
-def test_under_torchrun_sigterm_saves_and_the_run_goes_on(run):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
-    with start(run.folder, *torchrun, ROOT / "train.py", *run.flags(EPOCHS=1000)) as process:
-        while not (run.folder / "checkpoints/latest.pth").exists() and process.poll() is None:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=120)
-    step = run.state()["step"]
-    assert f"Stopped after step {step} of 10,000" in out, err
-    assert f"going on after step {step}" in run.train(max_steps=step + 1).out

@@ -35,7 +35,7 @@ def start(script: str, argv: list[str], cwd: str, stdout: str, stderr: str, setu
         return pid
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for path, handle in ((os.devnull, 0), (stdout, 1), (stderr, 2)):  # a terminal among them becomes this session's own
+    for path, handle in ((os.devnull, 0), (stdout, 1), (stderr, 2)):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), handle)
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
     os.chdir(cwd)

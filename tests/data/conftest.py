@@ -11,25 +11,20 @@ import tempfile
 import threading
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 
-class Commons:
-    """A folder that every user may write to. In `with commons.as_user():` permissions count, even if root runs the tests."""
-
-    def __init__(self, path):
-        self.path = path
-
-    @contextlib.contextmanager
-    def as_user(self):
-        if os.geteuid() == 0:
-            os.seteuid(65534)
-        try:
-            yield
-        finally:
-            if os.getuid() == 0:
-                os.seteuid(0)
+@contextlib.contextmanager
+def as_user():
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if os.getuid() == 0:
+            os.seteuid(0)
 
 
 def pack(path, files):
@@ -75,9 +70,10 @@ def serving(handler):
 
 @pytest.fixture
 def commons():
+    """A folder that every user may write to. In `with commons.as_user():` permissions count, even if root runs the tests."""
     if not hasattr(os, "geteuid"):
         pytest.skip("Windows has permissions of another kind")
     path = Path(tempfile.mkdtemp())  # not tmp_path, which is for its owner alone
     path.chmod(0o777)
-    yield Commons(path)
+    yield SimpleNamespace(path=path, as_user=as_user)
     shutil.rmtree(path)

@@ -89,14 +89,6 @@ def test_it_is_downloaded_checked_unpacked_and_decoded_once(server, files, tmp_p
     assert open_images(s, "train").path.stat().st_mtime_ns == written and len(server.requests) == 1
 
 
-@pytest.mark.parametrize("name", ["cifar.tar.gz", "cifar-10-binary.tar.gz"])
-def test_an_archive_beside_the_folder_is_unpacked_without_a_network(files, tmp_path, name):
-    packed(tmp_path / name, files)
-    path = tmp_path / ("cifar" if name == "cifar.tar.gz" else "cifar-10-batches-bin")
-    CIFAR_10.obtain(path, NEVER_ASKED)
-    assert len(CIFAR10(path, "train")) == 5 * PER_FILE
-
-
 def test_a_folder_that_was_unpacked_by_hand_is_read(cifar):
     (cifar.parent / "outer").mkdir()
     cifar.rename(cifar.parent / "outer" / "cifar-10-batches-bin")
@@ -169,10 +161,3 @@ def test_the_preset_is_the_papers_network_and_nothing_but_scale_more():
     more = sum((block.scale_shift.in_features + 1) * block.conv_2.out_channels for block in blocks)
     assert parameter_count(model) == 38_307_203 and parameter_count(model) - more == 35_746_307
     assert s.EPOCHS * (50_000 // s.BATCH_SIZE) - 800_000 in range(50_000 // s.BATCH_SIZE)
-
-
-def test_a_run_trains_on_it_from_the_download_on_and_draws(run, server):
-    out = run.train(**server.settings, CLASS_CONDITIONAL=True, EPOCHS=1, IMAGE_SIZE=32).out
-    assert "100 images of 10 classes at 32x32" in out and "classes   10: airplane, automobile" in out
-    run.sample("--checkpoint", "checkpoints/best.pth", "--num_samples", 2, "--steps", 3, "--classes", "cat,ship")
-    assert "cat" in (run.folder / "outputs/pictures/001/labels.csv").read_text()

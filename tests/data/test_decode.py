@@ -113,14 +113,6 @@ def test_a_print_shop_s_jpeg_has_its_colours(tmp_path):
         np.testing.assert_allclose(centre(image), rgb, atol=3)
 
 
-@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.tif"])
-def test_an_animation_gives_its_first_frame(tmp_path, name):
-    red, blue = (Image.new("RGB", (20, 20), colour) for colour in ("red", "blue"))
-    image = saved(red, tmp_path / name, save_all=True, append_images=[blue])
-    assert image.n_frames == 2
-    np.testing.assert_allclose(centre(image), [255, 0, 0], atol=3)
-
-
 def test_a_colour_profile_is_applied_and_srgb_changes_nothing(tmp_path):
     """A profile in which the primaries red and green have changed places: its red is sRGB's green."""
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -153,19 +152,6 @@ def test_pictures_that_this_program_made_are_passed_over(tmp_path, capsys):
     assert len(found(tmp_path / "outputs" / "pictures" / "001")) == 2, "a folder that is asked for by name is read"
 
 
-def test_training_twice_with_everything_in_one_folder_trains_on_the_same_pictures(run, pictures, tmp_path):
-    """The rule and what the scripts really write."""
-    everything = tmp_path / "everything"
-    shutil.copytree(pictures, everything)
-    paths = {name: everything / name.lower() for name in ("OUTPUT_PATH", "CHECKPOINT_PATH", "LOG_PATH", "CACHE_PATH")}
-    first = run.train(DATA_PATH=everything, max_steps=20, **paths)
-    run.sample("--checkpoint", everything / "checkpoint_path" / "latest.pth", "--num_samples", 2, "--steps", 2, "--gif",
-               "--output_dir", everything / "drawn")  # fmt: skip
-    second = run.train(DATA_PATH=everything, **paths)
-    assert "80 images of 4 classes" in first.out and "80 images of 4 classes" in second.out
-    assert "decoding" not in second.out and "made by this program (drawn, ...)" in second.out
-
-
 # --- faults -----------------------------------------------------------------------------------------
 def test_a_folder_without_pictures_says_what_is_there(tmp_path):
     make(tmp_path / "some", "1.txt", "2.txt", "3.csv", "deep/IMG.HEIC")
@@ -173,7 +159,6 @@ def test_a_folder_without_pictures_says_what_is_there(tmp_path):
     for name, says in {
         "some": r"holds 0 pictures, .* besides: 2 .txt \(1.txt, ...\), 1 .csv \(3.csv\), 1 .heic \(deep/IMG.HEIC\)\.",
         "one": r"holds 1 picture, at least 2 are needed. Pictures that are read end in .jpg",
-        "nowhere": r"Cannot read .*nowhere: No such file or directory. Name the folder .* --data_path",
         "some/1.txt": r"Cannot read .*1.txt: a file stands where a folder is needed. Name the folder",
     }.items():
         with pytest.raises(UserError, match=says):
@@ -235,18 +220,6 @@ def odd_pictures(folder):
     return folder
 
 
-def test_train_py_copes_with_odd_pictures_and_names_one_that_is_none(run, tmp_path):
-    folder = odd_pictures(tmp_path / "pictures")
-    settings = dict(DATA_PATH=folder, CACHE_PATH=tmp_path / "cache", VAL_IMAGES=1, EPOCHS=1, SAMPLE_EVERY=1)
-    assert "19 images of 1 class at 8x8" in run.to("odd").train(**settings).out
-    none = "is not a picture of a kind that can be read, or is damaged at its start"
-    for name, content, says in [
-        ("no picture.jpg", b"hello", none),
-        ("empty.png", b"", none),
-        ("half.jpg", (folder / "huge.jpg").read_bytes()[:20_000], r"cannot be decoded \(image file is truncated"),
-    ]:
-        (folder / name).write_bytes(content)
-        refused = run.to("refused").train(**settings, code=1)
-        assert re.fullmatch(f"train.py: .*{re.escape(name)} {says}.*'sh .*' renames .*--skip_damaged.*\n", refused.err)
-        (folder / name).unlink()
-    run.to("refused").train(**settings)
+def test_train_py_copes_with_odd_pictures(run):
+    folder = odd_pictures(run.folder / "pictures")
+    assert "19 images of 1 class at 8x8" in run.train(DATA_PATH=folder, CACHE_PATH="cache", VAL_IMAGES=1, max_steps=1).out

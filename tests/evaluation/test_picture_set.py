@@ -75,16 +75,10 @@ def test_what_cannot_be_a_set_is_refused_by_its_name(tmp_path, name, expected):
     assert str(error.value).startswith(f"--samples: {tmp_path / name}") and expected in str(error.value)
 
 
-def test_a_damaged_picture_is_named_once_and_a_fault_of_reading_is_told_as_one(tmp_path, monkeypatch):
+def test_a_dangling_link_is_no_picture_and_a_fault_of_reading_is_told_as_one(tmp_path, monkeypatch):
     folder = write_folder(tmp_path / "set", PIXELS)
-    damaged = folder / "0002.png"
-    damaged.write_bytes(damaged.read_bytes()[:200])
-    with pytest.raises(UserError) as error:
-        read_set(folder, "--samples", tmp_path / "cache")
-    assert str(error.value).count("0002.png") == 1 and str(error.value).count("renames all") == 1
-    damaged.unlink()
-    damaged.symlink_to(tmp_path / "gone")  # a dangling link is no picture
-    assert len(read_set(folder, "--samples")) == 3
+    (folder / "0004.png").symlink_to(tmp_path / "gone")
+    assert len(read_set(folder, "--samples")) == 4
 
     def fail(*_, **__):
         raise PermissionError(13, "Permission denied")

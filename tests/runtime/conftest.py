@@ -1,3 +1,3 @@
-"""The server of the faults of downloads, as a fixture."""
+"""The server of misbehaving downloads, as a fixture."""
 
-from tests.runtime.faults_download import server  # noqa: F401
+from tests.data.test_download import server  # noqa: F401

@@ -129,11 +129,15 @@ def strays(run):
 
 @fault("Pictures that this program made lie below the folder")
 def own_pictures(run):
-    folder = run.folder / "pictures"
-    shutil.copytree(run.pictures, folder)
-    run.train(DATA_PATH=folder, OUTPUT_PATH=folder / "outputs", max_steps=20)
-    process = run.start_train(DATA_PATH=folder, OUTPUT_PATH=folder / "outputs").wait()
-    assert "80 images of 4 classes" in process.out
+    everything = run.folder / "everything"
+    shutil.copytree(run.pictures, everything)
+    paths = {name: everything / name.lower() for name in ("OUTPUT_PATH", "CHECKPOINT_PATH", "LOG_PATH", "CACHE_PATH")}
+    run.train(DATA_PATH=everything, max_steps=20, **paths)
+    words = ["--checkpoint", everything / "checkpoint_path/latest.pth", "--output_dir", everything / "drawn"]
+    run.sample(*words, "--num_samples", 2, "--steps", 2, "--gif")
+    process = run.start_train(DATA_PATH=everything, **paths).wait()
+    assert "80 images of 4 classes" in process.out and "decoding" not in process.out
+    assert "made by this program (drawn, ...)" in process.out
     return process
 
 

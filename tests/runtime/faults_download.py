@@ -1,72 +1,34 @@
 """Faults of docs/reliability.md: downloads and archives."""
 
-import http.server
 import io
-import threading
-import time
 import zipfile
-from collections.abc import Iterator
-
-import pytest
 
 from tests.runs import Process, Runner
 from tests.runtime.faults import fault
 
 PATIENCE = "from src.data import download; download.TIMEOUT, download.PAUSE = (2, 0.3), 0.01"
-DATA = bytes(200_000)
-
-
-class Misbehaving(http.server.BaseHTTPRequestHandler):
-    """The first part of the address says how; /file sends self.server.file."""
-
-    def do_GET(self):
-        way, body = self.path.split("/")[1], self.server.file
-        if way == "missing":
-            return self.send_error(404)
-        if way == "later":
-            self.send_response(429)
-            self.send_header("Retry-After", "3600")
-            return self.end_headers()
-        self.send_response(200)
-        self.send_header("Content-Type", "text/html" if way == "html" else "application/zip")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body[: len(body) // 2] if way in ("cut", "stall") else body)
-        if way == "stall":
-            self.wfile.flush()
-            time.sleep(0.6)
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def server() -> Iterator[http.server.ThreadingHTTPServer]:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Misbehaving) as server:
-        server.file = DATA
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        yield server
-        server.shutdown()
 
 
 @fault("The server does not have the file", way="missing")
-@fault("The server stalls", way="stall")
-@fault("The line drops again and again", way="cut")
+@fault("The server stalls", way="always-stall")
+@fault("The line drops again and again", way="always-cut")
 @fault("There is no network", way="", DATA_URL="http://127.0.0.1:9/a.zip")
-@fault("The server asks to wait for long", way="later")
+@fault("The server asks to wait for long", way="much-later")
 @fault("The server sends a web page", way="html")
 @fault("The server has a file of another size", way="file", DATA_SIZE=5)
 @fault("The checksum is wrong", way="file")
 @fault("The archive is damaged", way="file", DATA_MD5="")
 def download(run: Runner, server, way: str, **settings) -> Process:
     """A run that has to download its pictures, and does not get them."""
-    defaults = {"DATA_URL": f"http://127.0.0.1:{server.server_address[1]}/{way}/a.zip", "DATA_SIZE": 0, "DATA_MD5": "0" * 32}
+    defaults = {"DATA_URL": f"{server.url}/{way}/a.zip", "DATA_SIZE": 0, "DATA_MD5": "0" * 32}
     process = run.start_train(
         PATIENCE, DATASET="tiny-imagenet", DATA_PATH="data/tiny-imagenet-200", **defaults | settings
     ).wait()
     left = {path.name: path.stat().st_size for path in (run.folder / "data").glob("*")}
-    expected = {"tiny-imagenet-200.zip.part"} if way in ("cut", "stall") else {"tiny-imagenet-200.zip"} & set(left)
+    tried_again = way.startswith("always-")
+    expected = {"tiny-imagenet-200.zip.part"} if tried_again else {"tiny-imagenet-200.zip"} & set(left)
     assert set(left) == expected, "something half-made is left"
+    assert len(server.requests) == (5 if tried_again else "DATA_URL" not in settings)
     return process
 
 

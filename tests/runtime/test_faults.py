@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from src.runtime.checkpoint import load_checkpoint
+from tests.data.test_download import DATA
 from tests.runs import differences, signal_at
-from tests.runtime import faults_data, faults_disk  # noqa: F401 (their rows)
+from tests.runtime import faults_data, faults_disk, faults_download  # noqa: F401 (their rows)
 from tests.runtime.faults import DOCUMENT, FAULTS, ROWS, as_pattern
-from tests.runtime.faults_download import DATA
-from tests.runtime.faults_run import GPU_IS_FULL, INFINITE, stopped_while_decoding
+from tests.runtime.faults_run import GPU_IS_FULL, INFINITE, TERMINAL_GONE, stopped_while_decoding
 
 
 def test_each_row_has_a_test_and_each_test_a_row():
@@ -43,7 +43,7 @@ def test_fault(row, request):
     if row.sentence:
         assert any(re.fullmatch(as_pattern(row.sentence), line) for line in lines), "\n".join([row.sentence, "", *lines])
     if row.sentence.startswith(("train.py: ", "sample.py: ")):
-        said = [line for line in process.err.splitlines() if line and "finishing the step" not in line]
+        said = [line for line in process.err.splitlines() if line and "finishing the" not in line]
         assert len(said) == 1, f"more than the one sentence:\n{process.err}"
 
 
@@ -83,7 +83,7 @@ torch.save = lambda state, file: save(state, UnderFire(file))
 
 
 def test_a_signal_amid_a_download_keeps_what_has_arrived(run, server):
-    url = f"http://127.0.0.1:{server.server_address[1]}/stall/a.zip"
+    url = f"{server.url}/always-stall/a.zip"
     process = run.start_train(DATASET="tiny-imagenet", DATA_PATH="data/tiny-imagenet-200", DATA_URL=url, DATA_SIZE=0)
     part = run.folder / "data" / "tiny-imagenet-200.zip.part"
     process.wait(lambda: part.exists() and part.stat().st_size > 0)
@@ -97,18 +97,19 @@ def test_a_signal_that_the_starter_ignores_stays_ignored_as_under_nohup(run):
     run.train("import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)" + signal_at(3, 0, "SIGHUP"), max_steps=5)
 
 
+def test_a_closed_terminal_ends_the_run_as_sigterm_does(run):
+    """The terminal of its own session: the kernel sends SIGHUP, and every line to it fails."""
+    made = "os.openpty()\n"
+    run.train(TERMINAL_GONE.replace(made, f"{made}os.open(os.ttyname(theirs), os.O_RDWR)\n"), code=129)
+    assert run.state()["step"] == 4
+
+
 def test_a_step_that_is_not_finite_leaves_the_state_before_it(run):
     whole, bad = run.to("whole"), run.to("bad")
     whole.train(max_steps=13)
     process = bad.start_train(INFINITE, SAVE_MINUTES=1e-9).wait()
     assert process.code == 1 and "step 14 is not finite" in process.err
     assert set(differences(bad.state(), whole.state())) <= {"last_step", "best_loss"}  # the end that was aimed at, and its loss
-
-
-def test_a_not_finite_loss_before_the_first_save_says_that_there_is_none(run):
-    process = run.train(INFINITE.replace("13", "3"), code=1)
-    assert "step 4 is not finite" in process.err and "nothing was saved yet" in process.err
-    assert not run.files("*.pth")
 
 
 def test_advice_that_is_followed_helps(run, trained):
