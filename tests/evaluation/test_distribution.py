@@ -1,6 +1,5 @@
 """FID and its relatives: torch-fidelity's figures, features that are kept, and weights that cannot run code."""
 
-import os
 import shutil
 
 import numpy as np
@@ -15,6 +14,7 @@ from src.evaluation.distribution import INCEPTION_SHA256, NAMES, FeatureNetwork,
 from src.evaluation.picture_set import PictureSet
 from src.utils import UserError
 from tests.evaluation.conftest import CPU, random_pictures, write_folder
+from tests.runs import Code
 
 
 def test_two_folders_give_what_torch_fidelity_gives_when_called_directly(tiny, tmp_path):
@@ -92,17 +92,12 @@ def test_a_cache_that_cannot_be_written_costs_a_warning_and_no_figure(tiny, tmp_
 # --- weights --------------------------------------------------------------------------------------------
 
 
-class Trap:
-    def __reduce__(self):
-        return os.mkdir, ("trap",)
-
-
 def test_a_file_of_weights_runs_no_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save({"fc.weight": Trap()}, tmp_path / "own.pth")
+    torch.save({"fc.weight": Code()}, tmp_path / "own.pth")
     with pytest.raises(UserError, match=r"own\.pth cannot be used \(it is no file of tensors alone\)"):
         FeatureNetwork(str(tmp_path / "own.pth"), CPU)
-    assert not (tmp_path / "trap").exists()
+    assert not (tmp_path / "made").exists()
 
 
 def test_inception_weights_are_looked_for_where_torch_fidelity_looks_and_told_apart_by_their_sha256(tmp_path, monkeypatch):

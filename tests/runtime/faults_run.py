@@ -8,7 +8,7 @@ import time
 from tests.runs import Process, Runner, differences, ended, signal_at
 from tests.runtime.faults import drawn, fault, kept, saved_run
 from tests.runtime.test_distributed import train_all
-from tests.test_resume import SLOW_VALIDATION
+from tests.test_resume import SLOW_PREVIEW, SLOW_VALIDATION
 
 # --- the run is stopped -------------------------------------------------------------------------------
 
@@ -44,7 +44,7 @@ def stopped_at_step_5(run, setup, **settings):
     return process
 
 
-@fault("Ctrl-C twice", setup=signal_at(14, 0, "SIGINT", "SIGINT"))
+@fault("Ctrl-C twice", setup=SLOW_PREVIEW.replace("    return", "    os.kill(os.getpid(), signal.SIGINT)\n    return"))
 @fault("`kill -9`, or the power goes", setup=signal_at(14, 0, "SIGKILL"))
 def last_save_is_kept(run, setup, says=""):
     before = saved_run(run)
