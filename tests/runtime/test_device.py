@@ -6,9 +6,19 @@ import pytest
 import torch
 
 from src.runtime import device
-from src.runtime.device import compiled, compiler_fault, is_out_of_memory, memory_advice, should_compile
+from src.runtime.device import compiled, compiler_fault, is_out_of_memory, memory_advice, pick_device, should_compile
+from src.utils import FlagError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def test_more_processes_than_gpus_are_refused_and_fewer_or_a_cpu_are_not(monkeypatch):
+    for name, value in {"is_available": True, "device_count": 1, "set_device": None}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    with pytest.raises(FlagError, match=r"1 GPU, too few .* number 1, .* a smaller --nproc_per_node, or --device cpu"):
+        pick_device("cuda", local_rank=1)
+    assert pick_device("cuda", local_rank=0) == torch.device("cuda", 0) and pick_device("cpu", local_rank=1) == CPU
+
 
 # --- memory -------------------------------------------------------------------------------------------
 

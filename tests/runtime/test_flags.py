@@ -11,7 +11,7 @@ import evaluate
 import export
 import sample
 from src.runtime.device import pick_precision
-from src.runtime.flags import ELSEWHERE, PATH, TRUTH, FlagParser, choice, command_line, whole, wholes
+from src.runtime.flags import ELSEWHERE, FlagParser, command_line
 from src.runtime.settings import resolve
 from src.utils import FlagError
 
@@ -225,32 +225,6 @@ def test_help_begins_with_two_examples_that_work_and_names_a_run_first(script):
 def test_each_word_of_other_repositories_leads_to_a_flag_that_there_is():
     flags = {flag for parser in PARSERS.values() for flag in parser._option_string_actions}
     assert {f"--{ours}" for ours in ELSEWHERE} <= flags
-
-
-# --- a parser of one's own --------------------------------------------------------------------------------
-
-
-def test_another_script_has_flags_of_the_same_manner(monkeypatch, capsys):
-    rows = [("steps", whole(1, 50), 20, "steps, 100% of them"), ("sizes", wholes(1, 3, high=64), (8,), "")]
-    rows += [("sampler", choice("ddpm", "ddim", "dpm++"), "ddpm", ""), ("out", PATH, "~/pictures", "")]
-    rows += [("gif", TRUTH, False, "")]
-    parser = FlagParser("draw.py", ["how", *rows], "Draw pictures.")
-    monkeypatch.setenv("HOME", "/home/me")
-    defaults = dict(steps=20, sizes=(8,), sampler="ddpm", out="/home/me/pictures", gif=False)
-    assert vars(parser.parse([])) == defaults | {"typed": set(), "command": "python draw.py"}
-    typed = dict(steps=5, sizes=(8, 16), sampler="dpm++", gif=True)
-    read = parser.parse(["--steps=5", "--sampler", "DPM++", "--gif", "--sizes", "8,16"])
-    command = "python draw.py --steps=5 --sampler DPM++ --gif --sizes 8,16"
-    assert vars(read) == defaults | typed | {"typed": typed.keys(), "command": command}
-    for argv, sentence in {
-        ("--steps", "--gif"): "--steps: no value given, expected a whole number from 1 to 50.",
-        ("--sampler", 'it\'s "x", (y'): "--sampler: got 'it\\'s \"x\", (y', expected ddpm, ddim or dpm++.",
-        ("--gif=maybe",): "--gif: got 'maybe', expected true or false.",
-    }.items():
-        assert refusal(parser, *argv) == sentence
-    with pytest.raises(SystemExit) as ended:
-        parser.parse(["--help"])
-    assert ended.value.code == 0 and "100% of them (default: 20)" in capsys.readouterr().out
 
 
 def test_flags_of_the_environment_come_first_and_an_open_quote_there_is_one_sentence(monkeypatch):

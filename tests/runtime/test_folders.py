@@ -100,7 +100,8 @@ def test_about_tells_what_a_checkpoint_holds_and_which_runs_there_are(run, train
     listed = run.sample("--about").out.splitlines()
     for path, line in zip(["checkpoints/best.pth", "checkpoints/fine/best.pth", ".*docs/.*.pth"], listed, strict=False):
         assert re.fullmatch(rf"{path} of 20\d\d-.*", line)
-    told = run.sample("--run", "fine", "--about").out
-    for words in ("30 steps, 3 epochs", "folder, 8x8, 80 in train, 4 in val", "blue circle", "--unet_dim 8 "):
-        assert words in told and len(told.splitlines()) <= 10, told
+    for named in (["--run", "fine"], ["--checkpoint", "checkpoints/fine/best.pth"]):
+        told = run.sample(*named, "--about").out
+        for words in ("30 steps, 3 epochs", "folder, 8x8, 80 in train, 4 in val", "blue circle", "--unet_dim 8 "):
+            assert words in told and len(told.splitlines()) <= 10, told
     assert not (run.folder / "outputs").exists()

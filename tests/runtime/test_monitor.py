@@ -10,7 +10,7 @@ import config
 from src.runtime.flags import print_idle
 from src.runtime.monitor import Meter
 from src.runtime.plan import idle_flags, warnings_of
-from src.runtime.settings import resolve
+from src.runtime.settings import Settings, resolve
 from src.utils import UserError
 from train import stop_if_not_finite
 
@@ -18,9 +18,11 @@ CPU = torch.device("cpu")
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
 
-@pytest.fixture(scope="module")
-def settings():
-    return resolve(config, ["--dataset", "shapes", "--checkpoint_path", "./none"]).settings
+def resolved(words: str) -> Settings:
+    return resolve(config, ["--dataset", "shapes", *words.split()]).settings
+
+
+UNSAVED = resolved("--checkpoint_path ./none")
 
 
 def guarded_step(gradient: float) -> tuple[Meter, nn.Parameter]:
@@ -35,29 +37,29 @@ def guarded_step(gradient: float) -> tuple[Meter, nn.Parameter]:
 
 
 @pytest.mark.parametrize("gradient", [torch.inf, -torch.inf, torch.nan, 1e30])  # the last: its square overflows
-def test_a_step_that_is_not_finite_does_not_reach_the_weights_and_stops_the_run(settings, gradient):
+def test_a_step_that_is_not_finite_does_not_reach_the_weights_and_stops_the_run(gradient):
     meter, weight = guarded_step(gradient)
     assert torch.equal(weight, torch.ones(3))
     says = r"step 1 is not finite .*nothing was saved yet.*--learning_rate 5e-05 --accept_changes"
     with pytest.raises(UserError, match=says):
-        stop_if_not_finite(settings, meter, NO_SCALER, 1e-4)
+        stop_if_not_finite(UNSAVED, meter, NO_SCALER, 1e-4)
 
 
-def test_a_finite_step_goes_through(settings):
+def test_a_finite_step_goes_through():
     meter, weight = guarded_step(1.0)
     assert torch.allclose(weight, torch.full((3,), 0.9))
-    stop_if_not_finite(settings, meter, NO_SCALER, 1e-4)
+    stop_if_not_finite(UNSAVED, meter, NO_SCALER, 1e-4)
 
 
-def test_the_first_of_several_bad_steps_is_named(settings):
+def test_the_first_of_several_bad_steps_is_named():
     meter = Meter(4, CPU)
     for step, norm in ((4, 1.0), (5, torch.nan), (6, torch.nan), (7, 1.0)):
         meter.add_norm(torch.tensor(norm), step)
     with pytest.raises(UserError, match="step 5 "):
-        stop_if_not_finite(settings, meter, NO_SCALER, 1e-4)
+        stop_if_not_finite(UNSAVED, meter, NO_SCALER, 1e-4)
 
 
-def test_under_fp16_scaling_a_bad_step_is_skipped_and_the_scale_falls_until_there_is_no_hope(settings):
+def test_under_fp16_scaling_a_bad_step_is_skipped_and_the_scale_falls_until_there_is_no_hope():
     weight, meter, scaler = nn.Parameter(torch.ones(3)), Meter(4, CPU), torch.amp.GradScaler("cpu", init_scale=4.0)
     optimizer = torch.optim.Adam([weight], lr=0.1, fused=True)
     for scale in (2.0, 1.0, 0.5):
@@ -69,9 +71,9 @@ def test_under_fp16_scaling_a_bad_step_is_skipped_and_the_scale_falls_until_ther
         scaler.update()
         assert scaler.get_scale() == scale and torch.equal(weight, torch.ones(3))
         if scale >= 1:
-            stop_if_not_finite(settings, meter, scaler, 1e-4)
+            stop_if_not_finite(UNSAVED, meter, scaler, 1e-4)
     with pytest.raises(UserError, match=r"overflow fp16 even unscaled.*--precision bf16 or fp32"):
-        stop_if_not_finite(settings, meter, scaler, 1e-4)
+        stop_if_not_finite(UNSAVED, meter, scaler, 1e-4)
 
 
 def test_means_leave_out_what_is_not_finite():
@@ -82,10 +84,6 @@ def test_means_leave_out_what_is_not_finite():
     assert meter.read() == {"loss/train": 2.0, "loss_by_t/t 0-0": 1.0, "loss_by_t/t 2-2": 3.0, "optimizer/gradient_norm": 5.0}
     meter.add_norm(torch.tensor(torch.nan), 3)
     assert meter.read() == {}
-
-
-def resolved(words):
-    return resolve(config, ["--dataset", "shapes", *words.split()]).settings
 
 
 @pytest.mark.parametrize(
@@ -105,6 +103,11 @@ def test_a_run_that_cannot_work_is_warned_about_with_what_to_type(words, last_st
     classes = ["all"] if "class_conditional" in words else ["cat", "dog"]
     warnings = warnings_of(resolved(words), last_step, steps_per_epoch, classes=classes)
     assert len(warnings) == len(says) and all(re.search(pattern, text) for pattern, text in zip(says, warnings))
+    for warning in warnings:  # what it tells to type ends it
+        advice = warning.partition(". ")[2]
+        for typed in re.findall(r"--(?!preset)\w+ \w+", advice):
+            s, last = resolved(f"{words} {typed}"), int(typed.split()[1]) if "max_steps" in typed else last_step
+            assert not any(advice in other for other in warnings_of(s, last, steps_per_epoch, classes=classes)), typed
 
 
 @pytest.mark.parametrize(

@@ -33,10 +33,10 @@ DEFAULTS = resolve(config, []).settings
 COUNT = "expected a whole number from 1 to 1000000."
 
 
-def config_with(without: str = "", **changes) -> ModuleType:
-    """config.py with some of its constants changed, and one removed."""
+def config_with(**changes) -> ModuleType:
+    """config.py with some of its constants changed."""
     module = ModuleType("config")
-    constants = {name: value for name, value in vars(config).items() if name.isupper() and name != without}
+    constants = {name: value for name, value in vars(config).items() if name.isupper()}
     vars(module).update(constants | changes)
     return module
 
@@ -141,7 +141,7 @@ ADDRESS = "expected an address that begins with http:// or https://."
 @pytest.mark.parametrize(
     "words, sentence",
     [
-        ("--batch_size=many", f"--batch_size: got 'many', {COUNT}"),
+        ("--horizontal_flip=maybe", "--horizontal_flip: got 'maybe', expected true or false."),
         ("--learning_rate -1e-4", "--learning_rate: got '-1e-4', expected a number above 0 and at most 10."),
         ("--device 'a\"b, (c'", "--device: got 'a\"b, (c', expected auto, cuda, mps or cpu."),
         ("--dim_mults 1,1,1,1,1,1,1", f"--dim_mults: got '1,1,1,1,1,1,1', {MULTS}"),
@@ -167,18 +167,12 @@ OWN = "Write names of your own in lower case."
 @pytest.mark.parametrize(
     "module, sentence",
     [
-        (config_with(BATCH_SIZE="many"), f"config.py: BATCH_SIZE = 'many', {COUNT}"),
         (config_with(BATCH_SIZE=True), f"config.py: BATCH_SIZE = True, {COUNT}"),
         (config_with(DROPOUT=float("nan")), "config.py: DROPOUT = nan, expected a number of at least 0 and below 1."),
         (config_with(HORIZONTAL_FLIP=2), "config.py: HORIZONTAL_FLIP = 2, expected true or false."),
         (config_with(DEVICE="gpu"), "config.py: DEVICE = 'gpu', expected auto, cuda, mps or cpu."),
         (config_with(LOG_PATH=5), "config.py: LOG_PATH = 5, expected a path."),
         (config_with(LOG_PATH="$NOPE"), "config.py: LOG_PATH: got '$NOPE', but $NOPE is not set."),
-        (config_with(DATA_PATH="D:\new"),
-         "config.py: DATA_PATH: got 'D:\\new', which has a control character; write \\ as / or as \\\\."),
-        (config_with("BATCH_SIZE"), "config.py has no BATCH_SIZE; set BATCH_SIZE to a whole number from 1 to 1000000."),
-        (config_with("BATCH_SIZE", BATCH_SZIE=16),
-         f"config.py: BATCH_SZIE: no such setting; did you mean BATCH_SIZE? {OWN}"),
         (config_with(MY_OWN=16), f"config.py: MY_OWN: no such setting. {OWN}"),
         (config_with(PRESETS={"demo": dict(BATCH_SIZ=1)}),
          f"config.py: PRESETS['demo'] sets BATCH_SIZ: no such setting; did you mean BATCH_SIZE? {OWN}"),
@@ -302,7 +296,7 @@ def test_help_shows_each_constant_with_its_comment_and_default_and_what_a_preset
         value = as_flags({name: getattr(DEFAULTS, name)}).replace("=", " ").split(" ", 1)[1].replace("''", "none")
         assert comments[name][1] and "".join(f"{comments[name][1]}(default:{value})".split()) in entries[f"--{name.lower()}"]
     for name, changes in [*config.PRESETS.items(), *config.SOURCES.items()]:
-        assert not changes or f"{name}: {as_flags(changes)}" in " ".join(presets.split())
+        assert not changes or f"{name}: {as_flags(checked(changes, ''))}" in " ".join(presets.split())
 
 
 def test_a_comment_may_go_on_in_indented_lines_below(monkeypatch):
@@ -358,10 +352,6 @@ def test_a_checkpoints_settings_come_back_as_they_were():
     [
         (asdict(DEFAULTS) | dict(BATCH_SIZE=None), f"has BATCH_SIZE = None, {COUNT} Use another checkpoint."),
         (asdict(DEFAULTS) | dict(LOG_PATH=None), "has LOG_PATH = None, expected a path. Use another checkpoint."),
-        (asdict(DEFAULTS) | dict(FUTURE=1),
-         "has a setting FUTURE that this program does not know. Update this program (git pull)."),
-        ({name: value for name, value in asdict(DEFAULTS).items() if name != "SEED"},
-         "has no setting SEED; another program wrote it. Use another checkpoint."),
     ],
 )  # fmt: skip
 def test_a_checkpoint_with_settings_of_another_program_is_refused(saved, sentence):
