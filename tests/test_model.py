@@ -1,7 +1,5 @@
 """The U-Net: its shapes, what reaches what, what it costs, and that it learns."""
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -250,13 +248,12 @@ def test_the_last_convolution_runs_in_float32_because_x_0_magnifies_its_error(sc
     assert magnified[0] < 0.01 * magnified[1] and magnified[1] > 0.1, magnified
 
 
-@pytest.mark.parametrize("backend, levels", [("aot_eager", (1, 2)), pytest.param("inductor", (1,), marks=pytest.mark.slow)])
-def test_a_compiled_network_gives_what_the_eager_one_gives(backend, levels):
-    """And is one graph: nothing in it makes the compiler give up half-way."""
-    model, (x, t, y) = tiny(8, dim=8, dim_mults=levels, attention_resolutions=(), num_classes=4), batch(image_size=8)
+def test_a_compiled_network_gives_what_the_eager_one_gives():
+    """And is one graph: nothing in it makes the compiler give up half-way. Inductor itself: test_kernels."""
+    model, (x, t, y) = tiny(8, dim=8, attention_resolutions=(), num_classes=4), batch(image_size=8)
     expected, expected_gradients = model(x, t, y), gradients(model, x, t, y)
     model.zero_grad()
-    out = torch.compile(model, fullgraph=True, backend=backend)(x, t, y)
+    out = torch.compile(model, fullgraph=True, backend="aot_eager")(x, t, y)
     out.square().mean().backward()
     torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
     for name, parameter in model.named_parameters():
@@ -280,13 +277,6 @@ def test_one_batch_is_learnt_by_heart():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.05 * losses[0], (losses[0], losses[-1])
-
-
-def test_a_copy_is_another_network_with_the_same_weights():
-    model, (x, t, _) = tiny(), batch()
-    other = copy.deepcopy(model)
-    nn.init.zeros_(model.stem.weight)
-    assert not torch.equal(model(x, t), other(x, t))
 
 
 def test_the_self_test_passes():

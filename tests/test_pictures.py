@@ -113,15 +113,6 @@ def test_a_sheet_is_near_a_square_with_the_pictures_enlarged_in_reading_order(co
 # --- the noise of a picture -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("k", [0, 1, 999])
-def test_the_noise_of_a_picture_does_not_depend_on_its_batch(k):
-    shape = (3, 8, 8)
-    whole = PictureNoise(5, range(10), shape, CPU)(k)
-    assert whole.shape == (10, *shape) and whole.dtype == torch.float32
-    for indices in ([3], [9, 0], range(4, 10)):
-        assert torch.equal(PictureNoise(5, indices, shape, CPU)(k), whole[list(indices)])
-
-
 def test_every_seed_picture_and_step_has_noise_of_its_own():
     shape = (3, 16, 16)
     draws = torch.cat([PictureNoise(seed, range(4), shape, CPU)(k) for seed in (0, 1) for k in range(4)]).flatten(1)
