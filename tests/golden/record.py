@@ -81,11 +81,7 @@ def facts_of(state: dict[str, Any]) -> dict[str, Any]:
     norms = {name: float(torch.cat([t.double().flatten() for t in part]).norm()) for name, part in parts.items()}
     hashes = {name: digest(part) for name, part in parts.items()}
     progress = {name: state[name] for name in ("step", "epoch", "best_loss", "classes")}
-    return {
-        "shapes": digest(torch.tensor(t.shape) for t in parts["model"]),
-        "hashes": hashes,
-        "norms": norms,
-    } | progress
+    return {"shapes": digest(torch.tensor(t.shape) for t in parts["model"]), "hashes": hashes, "norms": norms} | progress
 
 
 def pixels(folder: Path) -> list[str]:
@@ -128,19 +124,8 @@ def record(zygote: Zygote, folder: Path) -> dict[str, Any]:
         facts["runs"][f"{name}, resumed after 13 steps"] = facts_of(resumed.state())
     run = runners["classes"]
     for name, words in DRAWINGS.items():
-        run.sample(
-            "--checkpoint",
-            "checkpoints/best.pth",
-            "--num_samples",
-            2,
-            "--precision",
-            "fp32",
-            "--seed",
-            5,
-            "--output_dir",
-            name,
-            *words.split(),
-        )
+        always = ["--checkpoint", "checkpoints/best.pth", "--num_samples", 2, "--precision", "fp32", "--seed", 5]
+        run.sample(*always, "--output_dir", name, *words.split())
         facts["pictures"][name] = pixels(run.folder / name)
     facts["figures"]["classes"] = figures(
         run, *shlex.split("--checkpoint checkpoints/best.pth --loss --nll --exact --nearest 2 --num_samples 2 --spacing even")

@@ -11,7 +11,7 @@ import pytest
 from src.runtime.checkpoint import find_latest, load_checkpoint
 from tests.runs import ROOT, Runner, same
 
-POSIX = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "OMP_NUM_THREADS": "1"}
+POSIX = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
 @pytest.fixture

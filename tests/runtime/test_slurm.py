@@ -28,7 +28,7 @@ def test_the_batch_script_saves_and_queues_again_when_its_time_is_up_and_then_fi
     (run.folder / "train.py").write_text(preamble + f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n")
     job_id = str(os.getpid())  # the port follows from it
     slurm = {"SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_ID": job_id, "SLURM_JOB_NODELIST": "localhost"}
-    environment = os.environ | slurm | {"PATH": f"{run.folder}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | slurm | {"PATH": f"{run.folder}:{os.environ['PATH']}"}
 
     def submit(output, epochs: int) -> subprocess.Popen:
         words = ["bash", str(ROOT / "docs" / "slurm.sbatch"), *run.flags(EPOCHS=epochs, LOG_EVERY=100)]
