@@ -304,8 +304,7 @@ def test_torchrun_restarts_a_run_whose_process_was_killed_and_it_goes_on_by_itse
     assert done.returncode == 0, done.stderr
     assert (run.folder / "killed").exists()
     assert "going on after step 30" in done.stdout
-    assert "Another process of this job is gone" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert "(exitcode: -9) local_rank: 1 " in done.stderr and "Traceback" not in done.stderr  # the one that failed first
     assert differences(run.state(), pair.state()) == []
     assert run.scalars() == pair.scalars()
 
