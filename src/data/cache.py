@@ -137,7 +137,7 @@ def sampled_fingerprint(dataset: Any, image_size: int) -> str:
 
 def write_cache(cache: Path, task: Task, fingerprint: str, num_workers: int) -> None:
     """Decode and write. Plain writes, no writable map: on a full disk a map would kill the process (SIGBUS)."""
-    dataset, shape = task.dataset, task.shape
+    dataset, shape = task.dataset, (len(task.rows), task.channels, task.size, task.size)
     with writing(cache, "--cache_path", f"It needs {math.prod(shape) / 1e6:,.0f} MB."):
         make_folders(cache.parent)
         # Of killed runs; one that is alive writes all the time.
@@ -150,11 +150,11 @@ def write_cache(cache: Path, task: Task, fingerprint: str, num_workers: int) -> 
         content, all_labels = hashlib.sha256(str(shape).encode()), []
         with suppress(FileExistsError), atomic_file(cache) as file:
             np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-            for images, labels in decoded(task, num_workers):
-                file.write(images.data)
-                content.update(images.data)
-                all_labels.append(labels)
-            labels = np.concatenate(all_labels)
+            for image, label in decoded(task, num_workers):
+                file.write(image.data)
+                content.update(image.data)
+                all_labels.append(label)
+            labels = np.array(all_labels, dtype=np.int64)
             content.update(labels.data)
             classes = list(getattr(dataset, "classes", None) or range(labels.max() + 1))
             if labels.min() < 0 or labels.max() >= len(classes):

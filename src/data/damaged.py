@@ -14,8 +14,7 @@ from src.utils import UserError, count, stand_in
 
 
 class PictureNote(UserWarning):
-    """The picture is read, but something in it was guessed or ignored. args: the name of the file, what, and an amount for it
-    (see src/data/damaged.py)."""
+    """The picture is read, but something in it was guessed or ignored. args: the name of the file, what, an amount for it."""
 
 
 class Damaged(UserError):

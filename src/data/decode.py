@@ -102,11 +102,9 @@ def to_uint8(image: Image.Image | np.ndarray | torch.Tensor, size: int | None, c
                 note(image, "sides of more than 2:1; the square in the middle is used, {min:.2g}% of the longest", share)
             if side < size:
                 note(image, f"fewer than {size} pixels a side, the smallest {{min}}: enlarged", side)
-        turn = None
-        with contextlib.suppress(Exception):  # as many kinds as there are ways to damage EXIF data; the pixels are whole
-            turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
         picture = rgb if channels == 3 else rgb.convert("L")
-        picture = picture if turn is None else picture.transpose(turn)
+        with contextlib.suppress(Exception):  # upright, or as many kinds as there are ways to damage EXIF data
+            picture = picture.transpose(TURNS[image.getexif()[ORIENTATION]])
         with contextlib.suppress(Exception):  # last, because to count the frames Pillow goes through them, also damaged ones
             if (further := getattr(image, "n_frames", 1) - 1) > 0:
                 note(image, "further pages or frames, which are left out, {sum:,} in all", further)
@@ -238,10 +236,8 @@ def from_array(image: np.ndarray | torch.Tensor) -> Image.Image:
     if isinstance(image, torch.Tensor):
         if image.is_floating_point():
             if image.min() < 0 or image.max() > 1:
-                found = f"a float tensor from {image.min():.3g} to {image.max():.3g}"
-                raise ValueError(
-                    f"the dataset yields {found}, expected [0, 1]: leave out its normalisation, training does that"
-                )
+                found = f"a float tensor from {image.min():.3g} to {image.max():.3g}, expected [0, 1]"
+                raise ValueError(f"the dataset yields {found}: leave out its normalisation, training does that")
             image = (image * 255).round().to(torch.uint8)
         image = image.movedim(0, -1).numpy() if image.ndim == 3 else image.numpy()
     pixels = image[..., None] if image.ndim == 2 else image

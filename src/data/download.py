@@ -62,14 +62,11 @@ def fetch(url: str, path: str | os.PathLike, size: int = 0, md5: str = "") -> No
                 wait = max(wait, PAUSE * 2 ** (attempt - 1))
                 print(f"{why} at {count(have, 'byte')}; trying again in {wait:g} s", flush=True)
                 time.sleep(wait)
-        digest = hashlib.md5(usedforsecurity=False)
-        with open(part, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        if md5 and digest.hexdigest() != md5.lower():
+        found = hashlib.md5(part.read_bytes(), usedforsecurity=False).hexdigest() if md5 else ""
+        if found != md5.lower():
             part.write_bytes(b"")  # it cannot be continued
             raise UserError(
-                f"{url}: the checksum (md5) is {digest.hexdigest()}, expected {md5}; the download was removed. "
+                f"{url}: the checksum (md5) is {found}, expected {md5}; the download was removed. "
                 f"Run the same command again; if it repeats, the file at DATA_URL is another one: "
                 f'use a mirror, or set DATA_MD5 and DATA_SIZE to its own ("" and 0 skip the check).'
             )
@@ -84,13 +81,12 @@ def alone(part: Path) -> Iterator[None]:
         if fcntl is None:
             file.close()  # Windows renames no open file
         else:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"another process is downloading {part}: waiting for it", flush=True)
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError:
-                pass  # a file system without locks
+            with contextlib.suppress(OSError):  # a file system without locks
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    print(f"another process is downloading {part}: waiting for it", flush=True)
+                    fcntl.flock(file, fcntl.LOCK_EX)
         try:
             yield
         finally:

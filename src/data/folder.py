@@ -13,13 +13,11 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from src.data.decode import open_image
-from src.utils import UserError, count, reading, reason
+from src.utils import UserError, count, reading
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
-SPLITS = {  # name of a folder -> its split, in a tree that is split already
-    **{"train": "train", "training": "train", "test": "test", "testing": "test"},
-    **{"val": "val", "valid": "val", "validation": "val"},
-}
+# Name of a folder -> its split, in a tree that is split already.
+SPLITS = dict(train="train", training="train", test="test", testing="test", val="val", valid="val", validation="val")
 ONE_CLASS = "all"  # of pictures that lie in no sub-folder. Not the name of the folder, which may be renamed
 READ = f"Pictures that are read end in {' '.join(SUFFIXES)}"
 MOVE_IT = "Fix its permissions, or move it elsewhere to go on without it."
@@ -47,12 +45,10 @@ class Files(Dataset):
         self.classes, self.class_ids = classes, class_ids
         # differs when a file is added, removed, renamed or written to; no file is read: 100,000 take half a second
         lines = [ascii([classes, class_ids])]
-        for entry, label in zip(entries, labels):
-            try:
+        with reading("a picture", MOVE_IT):  # the error names it
+            for entry, label in zip(entries, labels):
                 status = entry.stat()
-            except OSError as error:
-                raise UserError(f"Cannot read {entry.path}: {reason(error)}. {MOVE_IT}") from error
-            lines.append(f"{label} {entry.name} {status.st_size} {status.st_mtime_ns}")
+                lines.append(f"{label} {entry.name} {status.st_size} {status.st_mtime_ns}")
         self.fingerprint = hashlib.sha256(os.fsencode("\n".join(lines))).hexdigest()
 
     def __len__(self) -> int:

@@ -29,30 +29,25 @@ class Task(NamedTuple):
 
     dataset: Any
     channels: int  # 3 for colour, 1 for grey
-    size: int  # pixels per side
+    size: int  # pixels per side; 0 leaves pictures as large as they are
     rows: Sequence[int]  # of the dataset
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return len(self.rows), self.channels, self.size, self.size
 
 
 TASKS: list[Task] = []  # the one of a process that decodes, see become_worker
 
 
-def decode_chunk(task: Task, chunk: int) -> tuple[np.ndarray, np.ndarray, list[tuple], list[tuple]]:
-    """Chunk number `chunk`: uint8 [K, C, S, S], int64 [K], the args of PictureNotes, and faults.
+def decode_chunk(task: Task, chunk: int) -> tuple[list[np.ndarray], list[int], list[tuple], list[tuple]]:
+    """Chunk number `chunk`: images uint8 [C, S, S], labels, the args of PictureNotes, and faults.
 
     Faults, because an exception would end the work at the first damaged picture.
     """
-    indices = task.rows[chunk * CHUNK : (chunk + 1) * CHUNK]
-    images = np.zeros((len(indices), *task.shape[1:]), dtype=np.uint8)
-    labels, faults = np.zeros(len(indices), dtype=np.int64), []
+    images, labels, faults = [], [], []
     with noted() as notes:
-        for i, index in enumerate(indices):
+        for index in task.rows[chunk * CHUNK : (chunk + 1) * CHUNK]:
             try:
-                image, labels[i] = task.dataset[index]
-                images[i] = to_uint8(image, task.size, task.channels)
+                image, label = task.dataset[index]
+                images.append(to_uint8(image, task.size, task.channels))
+                labels.append(int(label))
             except UserError as error:
                 file = os.path.abspath(getattr(error, "file", ""))
                 faults.append((index if isinstance(error, Damaged) else -1, str(error), file * os.path.isfile(file)))
@@ -119,8 +114,8 @@ def start_pool(task: Task, workers: int) -> ProcessPoolExecutor | None:
         raise UserError(f"The dataset cannot be handed to the processes that decode ({error}). {advice}") from error
 
 
-def decoded(task: Task, num_workers: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The chunks of a task in order, with a progress bar. Raises Unreadable that names all images that cannot be decoded."""
+def decoded(task: Task, num_workers: int) -> Iterator[tuple[np.ndarray, int]]:
+    """The images and labels of a task in order, with a bar. Raises Unreadable that names all images that cannot be decoded."""
     faults: list[tuple] = []
     notes: list[tuple] = []
     bar = Bar(total=len(task.rows), desc="decoding", unit=" image", unit_scale=True)
@@ -129,8 +124,8 @@ def decoded(task: Task, num_workers: int) -> Iterator[tuple[np.ndarray, np.ndarr
             faults += new_faults
             notes += new_notes
             if not faults:
-                yield images, labels
-            bar.update(len(labels))
+                yield from zip(images, labels)
+            bar.update(len(labels) + len(new_faults))
     if faults:  # all at once: whoever fixes one and starts again should not meet the next
         raise Unreadable(faults)
     tell(notes)

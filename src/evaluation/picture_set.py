@@ -1,7 +1,6 @@
 """Sets of pictures to compare: a split of a checkpoint's dataset, a folder, an npz file, or what was just drawn."""
 
 import hashlib
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from src.data.damaged import Damaged, Unreadable, noted, tell
-from src.data.decode import open_image, to_uint8
-from src.data.folder import READ, find_pictures, summary
-from src.progress import Bar
+from src.data.damaged import Unreadable
+from src.data.decode import to_uint8
+from src.data.folder import READ, Files, find_pictures, summary
+from src.data.workers import Task, decoded
 from src.utils import UserError, atomic_file, reading, stand_in
 
 BESIDE = ("grid.png", "labels.csv", "settings.json")  # what sample.py writes beside its folder images
@@ -73,32 +72,23 @@ def read_folder(path: Path, flag: str, cache: Path) -> PictureSet:
     if (path / "images").is_dir() and any((path / name).exists() for name in BESIDE):
         path = path / "images"
     found, passed_over = find_pictures(path)
-    files = [picture.entry for picture in found]
-    sheets = [entry.name for entry in files if entry.name in SHEETS]
-    files = [entry for entry in files if entry.name not in SHEETS]
-    if sheets:
+    files = [picture.entry for picture in found if picture.entry.name not in SHEETS]
+    if sheets := [picture.entry.name for picture in found if picture.entry.name in SHEETS]:
         print(f"note: {', '.join(sheets)} in {path} left out")
     if not files:
         raise UserError(f"{flag}: {path} holds no pictures, only {summary(passed_over) or 'nothing'}. {READ}.")
-    pixels, faults, all_notes = np.empty((0, 0, 0, 0), dtype=np.uint8), [], []
-    for i, entry in enumerate(Bar(files, desc="reading", unit=" picture", leave=False)):
-        try:
-            with noted() as notes:
-                picture = to_uint8(open_image(entry.path), None)
-        except Damaged as error:
-            faults.append((i, str(error), os.path.abspath(entry.path)))
-            continue
-        all_notes += notes
-        if not pixels.size:
-            pixels = np.empty((len(files), *picture.shape), dtype=np.uint8)
-        if picture.shape != pixels.shape[1:]:
-            (h, w), (height, width) = picture.shape[1:], pixels.shape[2:]
-            sizes = f"{entry.path} is {w}x{h}, the first picture {width}x{height}"
-            raise UserError(f"{flag}: {sizes}; all must have one size. Move it away, or resize them all.")
-        pixels[i] = picture
-    if faults:
-        raise Unreadable(faults).listed(cache / "damaged.sh")
-    tell(all_notes)
+    task = Task(Files(files, [0] * len(files), [], []), 3, 0, range(len(files)))
+    try:
+        for i, (picture, _) in enumerate(decoded(task, num_workers=0)):
+            if i == 0:
+                pixels = np.empty((len(files), *picture.shape), dtype=np.uint8)
+            if picture.shape != pixels.shape[1:]:
+                (h, w), (height, width) = picture.shape[1:], pixels.shape[2:]
+                sizes = f"{files[i].path} is {w}x{h}, the first picture {width}x{height}"
+                raise UserError(f"{flag}: {sizes}; all must have one size. Move it away, or resize them all.")
+            pixels[i] = picture
+    except Unreadable as error:
+        raise error.listed(cache / "damaged.sh") from None
     return PictureSet(str(path), pixels)
 
 

@@ -108,13 +108,7 @@ class Evaluation:
 
     def drawing(self) -> dict[str, Any]:
         """How pictures are drawn, for the protocol."""
-        pipeline = self.pipeline
-        options = {"sampler": pipeline.sampler, "steps": pipeline.steps, "spacing": pipeline.spacing}
-        if pipeline.sampler == "ddim":
-            options["eta"] = pipeline.eta
-        if pipeline.labels is not None:
-            options |= {"guidance": pipeline.guidance, "classes": self.flags.classes or "all"}
-        return options | {"seed": self.flags.seed}
+        return self.pipeline.about() | {"seed": self.flags.seed}
 
     def validation(self, number: int) -> dict[str, Any]:
         """Which validation pictures, for the protocol: `number` of them, the same ones as long as the split is the same."""
