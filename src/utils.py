@@ -107,13 +107,19 @@ def writing(path: str | os.PathLike, flag: str, note: str = "") -> Iterator[None
         raise UserError(f"Cannot write to {path}: {reason(error)}. {advice} {note}".rstrip()) from error
 
 
-def reason(error: OSError) -> str:
-    """The cause in words."""
+def reason(error: Exception) -> str:
+    """The cause in words, on one line."""
     if isinstance(error, IsADirectoryError):
         return "it is a folder, and a file is needed"
     if isinstance(error, (NotADirectoryError, FileExistsError)):
         return "a file stands where a folder is needed"
-    return error.strerror or str(error) or type(error).__name__
+    return next(iter((getattr(error, "strerror", "") or str(error)).splitlines()), "") or type(error).__name__
+
+
+def need_space(folder: Path, size: int, why: str = os.strerror(errno.ENOSPC)) -> None:
+    """Raise OSError, before the work, if so many bytes do not fit on the disk."""
+    if size > shutil.disk_usage(folder).free:
+        raise OSError(errno.ENOSPC, why)
 
 
 def stand_in(path: str | os.PathLike) -> str:

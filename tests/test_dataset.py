@@ -123,7 +123,7 @@ def test_black_is_minus_one_white_is_one_and_every_level_comes_back():
 
 
 def test_a_row_outside_the_dataset_is_a_bug(shapes):
-    with pytest.raises(AssertionError):
+    with pytest.raises(IndexError):
         DeviceImages(shapes, "cpu").batch(torch.tensor([2000]))
 
 

@@ -1,7 +1,6 @@
 """Datasets that are published as one archive: obtained, and unpacked so that they can do no harm."""
 
 import contextlib
-import errno
 import glob
 import gzip
 import os
@@ -21,7 +20,7 @@ from typing import IO, NamedTuple
 from src.data.download import fetch
 from src.data.folder import find_pictures
 from src.progress import Bar
-from src.utils import UserError, count, make_folders, reading, stand_in, writing
+from src.utils import UserError, count, make_folders, need_space, reading, stand_in, writing
 
 MAX_BYTES = 4 << 30  # of an archive, unpacked; tiny-imagenet has 0.25 GB, cifar10 0.18 GB
 MAX_ENTRIES = 1_000_000  # files and folders in an archive; tiny-imagenet has 120,000
@@ -69,10 +68,10 @@ class Published(NamedTuple):
 
     def root(self, path: Path) -> Path:
         """The folder that has the file `holds`: `path`, or its one sub-folder that has it. Raises OSError."""
-        if path.is_dir() and not (path / self.holds).exists():
-            inside = [folder for folder in path.iterdir() if (folder / self.holds).is_file()]
-            return inside[0] if len(inside) == 1 else path
-        return path
+        if (path / self.holds).exists():
+            return path
+        inside = [file.parent for file in path.glob(f"*/{self.holds}")]
+        return inside[0] if len(inside) == 1 else path
 
     def incomplete(self, root: Path, what: str) -> UserError:
         """The advice never deletes, since the folder may hold other things, and does not lead back to here."""
@@ -121,13 +120,12 @@ def tar_members(file: IO[bytes]) -> Iterator[Member]:
         pass
 
 
-def extract(path: str | os.PathLike, folder: str | os.PathLike, holds: str) -> None:
+def extract(path: Path, folder: Path, holds: str) -> None:
     """Unpack the folder of the archive that holds the file `holds`, at whatever depth, as `folder`: whole, or not at all.
 
     The files collect beside it in a folder of this process, which takes the name in one rename and is removed on any failure,
     Ctrl-C included. Raises UserError for an archive that is damaged, too large, or reaches outside its folder.
     """
-    path, folder = Path(path), Path(folder)
     kind = "zip" if path.suffix == ".zip" else "tar.gz"
     with contextlib.ExitStack() as undo:
         with reading(path):
@@ -143,8 +141,7 @@ def extract(path: str | os.PathLike, folder: str | os.PathLike, holds: str) -> N
             found = zip_members(file) if kind == "zip" else tar_members(file)
             top, members = safe_members(found, path, holds)
             needed = sum(member.size for member in members)
-            if needed > shutil.disk_usage(part).free:
-                raise OSError(errno.ENOSPC, f"unpacking {path.name} needs {needed / 1e6:,.0f} MB")
+            need_space(part, needed, f"unpacking {path.name} needs {needed / 1e6:,.0f} MB")
             for member in Bar(members, desc="unpacking", unit=" file"):
                 member.unpack(part / "all")
         except DAMAGED as error:

@@ -1,12 +1,10 @@
 """A dataset decoded once to a file of uint8, which is mapped into memory from then on."""
 
-import errno
 import glob
 import hashlib
 import json
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -20,7 +18,7 @@ import torch
 from src.data.damaged import Unreadable, noted
 from src.data.decode import to_uint8
 from src.data.workers import Task, decoded
-from src.utils import UserError, atomic_file, count, make_folders, printable, reading, writing
+from src.utils import UserError, atomic_file, count, make_folders, need_space, printable, reading, writing
 
 FORMAT = 2  # of the cache file and of to_uint8; count up when either changes, and caches are made again
 ABANDONED = 600  # seconds without a write after which a half-made cache is left over from a killed run
@@ -34,9 +32,8 @@ class Images:
     labels: int64 [N], in [0, len(classes)).
     skipped: damaged pictures that the file leaves out.
     fingerprint: 16 hex digits that follow from the decoded pixels, the labels and their order, and cost nothing at a start.
-        Moving, renaming or copying the data changes nothing. It notices an image that was added, removed, edited or put
-        into another class, and another image size. It does not notice new names that keep the order, nor bytes that
-        decode to the same pixels. Another version of Pillow may decode a JPEG to slightly different pixels.
+        Moving, copying or renaming the data in the same order changes nothing; an image added, removed, edited or put into
+        another class does, and so does a version of Pillow that decodes a JPEG to slightly different pixels.
     """
 
     file: np.ndarray
@@ -145,8 +142,7 @@ def write_cache(cache: Path, task: Task, fingerprint: str, num_workers: int) -> 
             with suppress(OSError):  # it may be another user's
                 if time.time() - part.stat().st_mtime > ABANDONED:
                     part.unlink()
-        if math.prod(shape) > shutil.disk_usage(cache.parent).free:  # said before the work
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        need_space(cache.parent, math.prod(shape))
         content, all_labels = hashlib.sha256(str(shape).encode()), []
         with suppress(FileExistsError), atomic_file(cache) as file:
             np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})

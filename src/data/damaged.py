@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from src.utils import UserError, count, stand_in
+from src.utils import UserError, count, reason, stand_in
 
 
 class PictureNote(UserWarning):
@@ -31,7 +31,7 @@ def decoding(name: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # as many kinds as there are ways to damage a picture
-        what = f"cannot be decoded ({next(iter(str(error).splitlines()), '') or type(error).__name__})"
+        what = f"cannot be decoded ({reason(error)})"
         if isinstance(error, Image.DecompressionBombError):
             what = f"has too many pixels ({error})"
         if isinstance(error, Image.UnidentifiedImageError):

@@ -15,14 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms
+from PIL import ExifTags, Image, ImageCms
 from PIL.Image import Transpose
 
 from src.data.damaged import decoding, name_of, note
 from src.utils import reading
 
-ORIENTATION = 0x0112  # the EXIF tag in which a camera says how it was held
-TURNS = {  # its value -> what makes the picture upright; 1 is upright
+TURNS = {  # what a camera says about how it was held -> what makes the picture upright; 1 is upright
     **{2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE},
     **{6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90},
 }
@@ -104,7 +103,7 @@ def to_uint8(image: Image.Image | np.ndarray | torch.Tensor, size: int | None, c
                 note(image, f"fewer than {size} pixels a side, the smallest {{min}}: enlarged", side)
         picture = rgb if channels == 3 else rgb.convert("L")
         with contextlib.suppress(Exception):  # upright, or as many kinds as there are ways to damage EXIF data
-            picture = picture.transpose(TURNS[image.getexif()[ORIENTATION]])
+            picture = picture.transpose(TURNS[image.getexif()[ExifTags.Base.Orientation]])
         with contextlib.suppress(Exception):  # last, because to count the frames Pillow goes through them, also damaged ones
             if (further := getattr(image, "n_frames", 1) - 1) > 0:
                 note(image, "further pages or frames, which are left out, {sum:,} in all", further)

@@ -1,10 +1,8 @@
 """Fetch one file over HTTP so that a cut costs nothing."""
 
 import contextlib
-import errno
 import hashlib
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +12,7 @@ from urllib3.exceptions import InvalidHeader
 from urllib3.util import Retry
 
 from src.progress import Bar
-from src.utils import UserError, count, make_folders, writing
+from src.utils import UserError, count, make_folders, need_space, writing
 
 try:
     import fcntl
@@ -108,8 +106,8 @@ def receive(url: str, part: Path, size: int, headers: dict[str, str]) -> None:
                 return
             if response.headers.get("ETag", "").startswith('"'):
                 headers["If-Range"] = response.headers["ETag"]  # if its file is another one by then, the server sends all of it
-            if max(total, size) - have > shutil.disk_usage(part.parent).free:
-                raise OSError(errno.ENOSPC, f"the download needs {(max(total, size) - have) / 1e6:,.0f} MB more")
+            missing = max(total, size) - have
+            need_space(part.parent, missing, f"the download needs {missing / 1e6:,.0f} MB more")
             bar = Bar(total=total or size or None, initial=have, unit="B", unit_scale=True, desc=part.stem)
             with bar, open(part, "r+b") as file:
                 file.seek(have)

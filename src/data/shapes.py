@@ -35,14 +35,13 @@ def distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return np.minimum(np.maximum(x - 1.0, np.abs(y) - 0.32), np.maximum(x - 0.32, np.abs(y) - 1.0))
     if shape == "triangle":  # two slanted half-planes, folded into one by |x|, and the base
         return np.maximum(y, 0.866 * x - 0.5 * y) - 0.58
-    if shape == "star":  # fold the plane into one tenth of the star, then the line from its tip to its notch
-        angle = np.arctan2(x, -y)  # 0 at the upper tip, in [0, pi]
-        angle = np.abs((angle + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
-        radius = np.hypot(x, y)
-        tip, notch = np.array([1.12, 0.0]), 0.5 * np.array([np.cos(np.pi / 5), np.sin(np.pi / 5)])
-        along = (notch - tip) / np.linalg.norm(notch - tip)
-        return (radius * np.cos(angle) - tip[0]) * along[1] - radius * np.sin(angle) * along[0]
-    raise ValueError(f"no shape {shape!r}")
+    # A star: fold the plane into one tenth of it, then the line from its tip to its notch.
+    angle = np.arctan2(x, -y)  # 0 at the upper tip, in [0, pi]
+    angle = np.abs((angle + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
+    radius = np.hypot(x, y)
+    tip, notch = np.array([1.12, 0.0]), 0.5 * np.array([np.cos(np.pi / 5), np.sin(np.pi / 5)])
+    along = (notch - tip) / np.linalg.norm(notch - tip)
+    return (radius * np.cos(angle) - tip[0]) * along[1] - radius * np.sin(angle) * along[0]
 
 
 class Shapes(Dataset):

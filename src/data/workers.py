@@ -36,25 +36,25 @@ class Task(NamedTuple):
 TASKS: list[Task] = []  # the one of a process that decodes, see become_worker
 
 
-def decode_chunk(task: Task, chunk: int) -> tuple[list[np.ndarray], list[int], list[tuple], list[tuple]]:
-    """Chunk number `chunk`: images uint8 [C, S, S], labels, the args of PictureNotes, and faults.
+def decode_chunk(chunk: int, task: Task | None = None) -> tuple[list[tuple[np.ndarray, int]], list[tuple], list[tuple]]:
+    """Chunk number `chunk`: pairs of uint8 [C, S, S] and label, the args of PictureNotes, and faults.
 
-    Faults, because an exception would end the work at the first damaged picture.
+    Faults, because an exception would end the work at the first damaged picture.   task: None in a worker, which has it.
     """
-    images, labels, faults = [], [], []
+    task = task or TASKS[0]
+    pairs, faults = [], []
     with noted() as notes:
         for index in task.rows[chunk * CHUNK : (chunk + 1) * CHUNK]:
             try:
                 image, label = task.dataset[index]
-                images.append(to_uint8(image, task.size, task.channels))
-                labels.append(int(label))
+                pairs.append((to_uint8(image, task.size, task.channels), int(label)))
             except UserError as error:
                 file = os.path.abspath(getattr(error, "file", ""))
                 faults.append((index if isinstance(error, Damaged) else -1, str(error), file * os.path.isfile(file)))
             except OSError as error:  # of a dataset that is not ours; Pillow's own, for damage, have no number
                 sentence = f"Image {index} of the dataset cannot be read: {error}"
                 faults.append((index, sentence, "") if error.errno is None else (-1, f"{sentence}.", ""))
-    return images, labels, notes, faults
+    return pairs, notes, faults
 
 
 def become_worker(task: Task) -> None:
@@ -71,10 +71,6 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-def in_worker(chunk: int) -> tuple:
-    return decode_chunk(TASKS[0], chunk)
-
-
 def chunks(task: Task, num_workers: int) -> Generator[tuple, None, None]:
     """What decode_chunk gives, for all chunks in order. The workers are at most a few chunks ahead of whoever reads."""
     last = math.ceil(len(task.rows) / CHUNK)
@@ -82,12 +78,12 @@ def chunks(task: Task, num_workers: int) -> Generator[tuple, None, None]:
     workers = min(cores if num_workers < 0 else num_workers, last)
     pool = start_pool(task, workers) if workers > 1 else None
     if pool is None:
-        yield from (decode_chunk(task, chunk) for chunk in range(last))
+        yield from (decode_chunk(chunk, task) for chunk in range(last))
         return
     try:
         ahead: deque[Future] = deque()
         for chunk in range(last):
-            ahead.append(pool.submit(in_worker, chunk))
+            ahead.append(pool.submit(decode_chunk, chunk))
             if len(ahead) > 2 * workers:
                 yield ahead.popleft().result()
         yield from (future.result() for future in ahead)
@@ -106,8 +102,7 @@ def start_pool(task: Task, workers: int) -> ProcessPoolExecutor | None:
             ForkingPickler.dumps(task.dataset)
         return ProcessPoolExecutor(workers, initializer=become_worker, initargs=(task,))
     except (OSError, ImportError, NotImplementedError) as error:
-        why = reason(error) if isinstance(error, OSError) else str(error)
-        print(f"note: decoding in one process: several need locks, which Linux keeps in /dev/shm, and there: {why}")
+        print(f"note: decoding in one process: several need locks, which Linux keeps in /dev/shm, and there: {reason(error)}")
         return None
     except (AttributeError, TypeError, pickle.PicklingError) as error:
         advice = "Define its class and its functions at the top of a module, or decode in one process: --num_workers 0."
@@ -120,12 +115,12 @@ def decoded(task: Task, num_workers: int) -> Iterator[tuple[np.ndarray, int]]:
     notes: list[tuple] = []
     bar = Bar(total=len(task.rows), desc="decoding", unit=" image", unit_scale=True)
     with bar, closing(chunks(task, num_workers)) as results:
-        for images, labels, new_notes, new_faults in results:
+        for pairs, new_notes, new_faults in results:
             faults += new_faults
             notes += new_notes
             if not faults:
-                yield from zip(images, labels)
-            bar.update(len(labels) + len(new_faults))
+                yield from pairs
+            bar.update(len(pairs) + len(new_faults))
     if faults:  # all at once: whoever fixes one and starts again should not meet the next
         raise Unreadable(faults)
     tell(notes)

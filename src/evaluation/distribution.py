@@ -28,10 +28,10 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY as NETWORKS
 from torch_fidelity.version import __version__ as version
 
 from src import noise
-from src.evaluation.picture_set import PictureSet, write_npz
+from src.evaluation.picture_set import PictureSet
 from src.evaluation.report import Evaluation, optional, say
 from src.progress import Bar
-from src.utils import UserError, atomic_file, count, make_folders, stand_in
+from src.utils import UserError, atomic_file, count, make_folders, reason, stand_in
 
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"  # of the published weights
 KID_SUBSETS = 100
@@ -53,8 +53,8 @@ def measure_distribution(ev: Evaluation) -> dict[str, Any]:
     if not ev.world.is_main:
         return {}
     if flags.npz:
-        with optional(ev.out.with_suffix(".npz"), "--output_dir"):
-            write_npz(ev.out.with_suffix(".npz"), samples.pixels)
+        with optional(ev.out, "--output_dir"), atomic_file(ev.out.with_suffix(".npz")) as file:
+            np.savez(file, arr_0=samples.pixels.transpose(0, 2, 3, 1))
     if not network.is_published:
         say("note", f"features of {network.name}: the figures compare with each other, not with published FID")
     drawn = network.features(samples, flags.batch_size)
@@ -181,9 +181,7 @@ def figures(
 
 
 def some(features: Tensor) -> Tensor:
-    """PRC_PICTURES of the rows at random, always the same ones; all of them if there are no more."""
-    if len(features) <= PRC_PICTURES:
-        return features
+    """PRC_PICTURES of the rows, or all if there are fewer, in a random order that is always the same."""
     return features[torch.randperm(len(features), generator=torch.Generator().manual_seed(SEED))[:PRC_PICTURES]]
 
 
@@ -210,15 +208,13 @@ def weights_advice(name: str, path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # as many kinds as there are ways to damage a file or to lose a network
-        why = next(iter(str(error).splitlines()), type(error).__name__)[:120].rstrip(".:")
+        why = reason(error)[:120].rstrip(".:")
         if isinstance(error, pickle.UnpicklingError):
             why = stand_in(path) or "it is no file of tensors alone"
         put = f"put it at {path}, or name it with" if name == "inception" else "name it with"
         fetch = f"Fetch {URL_INCEPTION_V3} with another machine and {put} --features."
         if name in NETWORKS:
-            fetch = (
-                "If torch.hub names a file above, fetch it with another machine and put it there; otherwise it needs a network."
-            )
+            fetch = "If torch.hub names a file above, fetch it with another machine and put it there; else it needs a network."
         other = "--features random needs none, but its figures compare only with each other."
         raise UserError(f"--features: the weights of {name} cannot be used ({why}). {fetch} {other}") from None
     finally:

@@ -1,6 +1,7 @@
 """The nearest training pictures: to see whether a sample was drawn or remembered."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,16 +73,15 @@ def measure_nearest(ev: Evaluation) -> dict[str, Any]:
     others = PictureSet("validation pictures", val.pixels[some.numpy()])
     drawing = None if flags.samples else ev.drawing()
     found: dict[str, Any] = {"samples": len(samples), "held_out": len(others), "drawing": drawing}
-    if network:
-        found["network"] = network.name
 
     def features(pictures: PictureSet) -> np.ndarray:
         kept = ev.cache / "fidelity" if pictures is train else None
         return network.features(pictures, flags.batch_size, kept)[network.layers["fid"]].numpy()
 
-    for view, represent in {"pixels": lambda pictures: pictures.pixels, "features": features if network else None}.items():
-        if not represent:
-            continue
+    views: dict[str, Callable[[PictureSet], Any]] = {"pixels": lambda pictures: pictures.pixels}
+    if network:
+        found["network"], views["features"] = network.name, features
+    for view, represent in views.items():
         pool = represent(train)
         both = f"{count(len(samples), 'sample')} and {count(len(others), 'validation picture')}"
         say("nearest", f"{both} among {count(len(pool), 'training picture')}, by {view}")

@@ -12,7 +12,7 @@ from src.data.damaged import Unreadable
 from src.data.decode import to_uint8
 from src.data.folder import READ, Files, find_pictures, summary
 from src.data.workers import Task, decoded
-from src.utils import UserError, atomic_file, reading, stand_in
+from src.utils import UserError, reading, reason, stand_in
 
 BESIDE = ("grid.png", "labels.csv", "settings.json")  # what sample.py writes beside its folder images
 SHEETS = {"grid.png", "interpolation.png", "denoising.gif"}  # what it wrote among its pictures before it had that folder
@@ -99,15 +99,9 @@ def read_npz(path: Path, flag: str) -> PictureSet:
         with np.load(path, allow_pickle=False) as archive:
             names, array = list(archive), archive.get("arr_0")
     except Exception as error:  # as many kinds as there are ways to damage a file
-        why = stand_in(path) or next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{flag}: {path} cannot be read as an .npz ({why}); {expected}.") from None
+        raise UserError(f"{flag}: {path} cannot be read as an .npz ({stand_in(path) or reason(error)}); {expected}.") from None
     if array is None:
         raise UserError(f"{flag}: {path} holds {', '.join(names) or 'nothing'}; {expected}.")
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3) or not array.size:
         raise UserError(f"{flag}: {path} holds arr_0, {array.dtype} {list(array.shape)}; {expected}.")
     return PictureSet(str(path), np.ascontiguousarray(array.transpose(0, 3, 1, 2)))
-
-
-def write_npz(path: Path, pixels: np.ndarray) -> None:
-    with atomic_file(path) as file:
-        np.savez(file, arr_0=pixels.transpose(0, 2, 3, 1))

@@ -30,31 +30,22 @@ class Evaluation:
 
     def __init__(self, flags: Namespace, world: World):
         self.flags, self.world = flags, world
-        own = {None, *SPLITS}  # what only a checkpoint can say
-        is_needed = flags.nll or flags.loss or flags.nearest or flags.samples in own or flags.reference in own
-        if is_needed:
-            choose_checkpoint(flags)
-        self.pipeline: Any = Pipeline(flags, world) if is_needed else None
+        self.pipeline: Any = None
         self.settings: Any = None
-        self.cache = Path(flags.cache_path or "./data/cache")
-        if self.pipeline:
-            s = self.pipeline.settings
-            given = {name: getattr(flags, name.lower()) for name in ("DATA_PATH", "CACHE_PATH", "LOG_PATH", "VAL_IMAGES")}
-            self.settings = replace(s, **{name: value for name, value in given.items() if value})
-            self.cache = Path(self.settings.CACHE_PATH)
-        self.device = self.pipeline.device if self.pipeline else pick_device(flags.device, world.local_rank)
         self.network: Any = None  # FeatureNetwork, in the main process
-        self.report: dict[str, Any] = {"protocol": self.protocol()}
-
-    def protocol(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"command": self.flags.command, "date": time.strftime("%Y-%m-%d %H:%M:%S %z")}
-        found |= {"device": describe(self.device), "torch": str(torch.__version__)}
-        if self.pipeline:
-            s = self.settings
-            found |= {"checkpoint": self.flags.checkpoint, "step": self.pipeline.step, "epoch": self.pipeline.epoch}
-            found |= {"weights": self.flags.weights, "precision": self.pipeline.precision}
-            found["dataset"] = f"{s.DATASET}, {s.IMAGE_SIZE}x{s.IMAGE_SIZE}"
-        return found
+        protocol = {"command": flags.command, "date": time.strftime("%Y-%m-%d %H:%M:%S %z"), "torch": str(torch.__version__)}
+        own = {None, *SPLITS}  # what only a checkpoint can say
+        if flags.nll or flags.loss or flags.nearest or flags.samples in own or flags.reference in own:
+            choose_checkpoint(flags)
+            self.pipeline = pipeline = Pipeline(flags, world)
+            given = {name: getattr(flags, name.lower()) for name in ("DATA_PATH", "CACHE_PATH", "LOG_PATH", "VAL_IMAGES")}
+            s = self.settings = replace(pipeline.settings, **{name: value for name, value in given.items() if value})
+            protocol |= {"checkpoint": flags.checkpoint, "step": pipeline.step, "epoch": pipeline.epoch}
+            protocol |= {"weights": flags.weights, "precision": pipeline.precision}
+            protocol |= {"dataset": f"{s.DATASET}, {s.IMAGE_SIZE}x{s.IMAGE_SIZE}"}
+        self.cache = Path(self.settings.CACHE_PATH if self.pipeline else flags.cache_path or "./data/cache")
+        self.device = self.pipeline.device if self.pipeline else pick_device(flags.device, world.local_rank)
+        self.report: dict[str, Any] = {"protocol": protocol | {"device": describe(self.device)}}
 
     def open(self) -> None:
         """Take a name for the JSON of this call; other files are named after it. Raises UserError."""

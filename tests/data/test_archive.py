@@ -152,8 +152,8 @@ def test_an_archive_that_cannot_be_read_is_told_as_that(commons):
 
 def test_too_little_space_is_said_before_the_unpacking(tmp_path, monkeypatch):
     path = pack(tmp_path / "a.zip", {"top/ok": bytes(3_000_000)})
-    usage = archive.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(archive.shutil, "disk_usage", lambda _: usage._replace(free=10))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
     with pytest.raises(UserError, match=r"unpacking a.zip needs 3 MB. Free some space .* --data_path"):
         extract(path, tmp_path / "images", "ok")
     assert os.listdir(tmp_path) == ["a.zip"]

@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import os
 import random
+import shutil
 import ssl
 import subprocess
 import sys
@@ -212,9 +213,9 @@ def test_a_certificate_that_is_not_trusted_and_a_proxy_say_their_reason(server, 
 
 
 def test_a_full_disk_is_told_before_and_a_bad_place_at_once(server, tmp_path, monkeypatch):
-    usage = download.shutil.disk_usage(tmp_path)
+    usage = shutil.disk_usage(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(download.shutil, "disk_usage", lambda _: usage._replace(free=10))
+        patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
         with pytest.raises(UserError, match=r"needs 0 MB more. Free some space .0 MB are free there., or choose another place"):
             fetch(f"{server.url}/plain/a.zip", tmp_path / "a.zip")
     (tmp_path / "file").touch()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from src.evaluation.picture_set import PictureSet, read_set, write_npz
+from src.evaluation.picture_set import PictureSet, read_set
 from src.utils import UserError
 from tests.evaluation.conftest import random_pictures, write_folder
 
@@ -14,7 +14,7 @@ PIXELS = random_pictures(4, seed=1)
 
 
 def test_a_folder_and_an_npz_give_back_the_pixels_and_one_fingerprint(tmp_path):
-    write_npz(tmp_path / "set.npz", PIXELS)
+    np.savez(tmp_path / "set.npz", arr_0=PIXELS.transpose(0, 2, 3, 1))
     sets = [read_set(write_folder(tmp_path / "set", PIXELS), ""), read_set(tmp_path / "set.npz", ""), PictureSet("", PIXELS)]
     assert all(np.array_equal(each.pixels, PIXELS) and each.size == "16x16" for each in sets)
     assert len({each.fingerprint for each in sets}) == 1
