@@ -6,6 +6,7 @@ import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,9 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from src.data.damaged import Unreadable, noted
 from src.data.decode import to_uint8
-from src.data.workers import Task, decoded
+from src.data.workers import Task, Unreadable, decoded
 from src.utils import UserError, atomic_file, count, make_folders, need_space, printable, reading, writing
 
 FORMAT = 2  # of the cache file and of to_uint8; count up when either changes, and caches are made again
@@ -121,7 +121,7 @@ def sampled_fingerprint(dataset: Any, image_size: int) -> str:
     """For a dataset without a fingerprint: its class, length, and eight of its images."""
     digest = hashlib.sha256(f"{type(dataset).__qualname__} {len(dataset)}".encode())
     for index in np.linspace(0, len(dataset) - 1, 8).astype(int):
-        with suppress(UserError, OSError), noted():  # both are told when all is decoded
+        with suppress(UserError, OSError), warnings.catch_warnings(record=True):  # all is told when all is decoded
             image, label = dataset[int(index)]
             digest.update(to_uint8(image, image_size).tobytes() + str(int(label)).encode())
     return digest.hexdigest()

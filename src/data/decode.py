@@ -18,8 +18,7 @@ import torch
 from PIL import ExifTags, Image, ImageCms
 from PIL.Image import Transpose
 
-from src.data.damaged import decoding, name_of, note
-from src.utils import reading
+from src.utils import UserError, reading, reason, stand_in
 
 TURNS = {  # what a camera says about how it was held -> what makes the picture upright; 1 is upright
     **{2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE},
@@ -28,6 +27,40 @@ TURNS = {  # what a camera says about how it was held -> what makes the picture 
 LEVELS = {255: 8, 1023: 10, 4095: 12, 16383: 14, 65535: 16}  # white -> bits of a sample
 OTHER_ORDER = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}  # of two bytes, in Pillow's raw modes
 STDERR = threading.Lock()  # held by the one thread that has turned stderr off
+
+
+class PictureNote(UserWarning):
+    """The picture is read, but something in it was guessed or ignored. args: the name of the file, what, an amount for it."""
+
+
+class Damaged(UserError):
+    """A picture that cannot be decoded. file: its path, or what stands for it."""
+
+    def __init__(self, sentence: str, file: str):
+        super().__init__(sentence)
+        self.file = file
+
+
+@contextlib.contextmanager
+def decoding(name: str | os.PathLike) -> Iterator[None]:
+    """Turn what a damaged picture raises (OSError, SyntaxError, ...) into a Damaged that names it."""
+    try:
+        yield
+    except Exception as error:  # as many kinds as there are ways to damage a picture
+        what = f"cannot be decoded ({reason(error)})"
+        if isinstance(error, Image.DecompressionBombError):
+            what = f"has too many pixels ({error})"
+        if isinstance(error, Image.UnidentifiedImageError):
+            what = stand_in(name) or "is not a picture of a kind that can be read, or is damaged at its start"
+        raise Damaged(f"{name} {what}", str(name)) from error
+
+
+def name_of(image: Image.Image) -> str:
+    return str(getattr(image, "origin", "") or getattr(image, "filename", "") or "A picture of the dataset")
+
+
+def note(image: Image.Image, what: str, amount: float = 0) -> None:
+    warnings.warn(PictureNote(name_of(image), what, amount), stacklevel=2)
 
 
 def open_image(path: str | os.PathLike) -> Image.Image:

@@ -1,27 +1,56 @@
-"""A dataset decoded chunk by chunk, by several processes where that helps."""
+"""A dataset decoded chunk by chunk, by several processes where that helps. What is wrong with pictures is told once for all."""
 
+import contextlib
 import math
 import multiprocessing
 import os
 import pickle
+import shlex
 import signal
-from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+import warnings
+from collections import defaultdict, deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from src.data.damaged import Damaged, Unreadable, noted, tell
-from src.data.decode import to_uint8
+from src.data.decode import Damaged, PictureNote, to_uint8
 from src.progress import Bar
-from src.utils import UserError, reason
+from src.utils import UserError, count, reason
 
 CHUNK = 64  # images that a worker decodes and hands over at a time
+
+
+class Unreadable(UserError):
+    """Pictures of a dataset that cannot be read. faults: (row of the dataset, sentence, file) of each. The row is -1 where the
+    disk or the permissions are at fault and not the picture; the file is "" where there is none."""
+
+    def __init__(self, faults: Sequence[tuple[int, str, str]]):
+        self.faults = faults
+        sentences = [sentence for row, sentence, _ in faults if row < 0] or [f"{sentence}." for _, sentence, _ in faults]
+        super().__init__("\n".join(sentences[:20] + [f"... and {len(sentences) - 20:,} more."] * (len(sentences) > 20)))
+
+    def listed(self, script: Path, advice: str = "") -> UserError:
+        """The same with a list of them all, which is a shell script that moves them aside. As it is where the pictures are not
+        at fault, or the list cannot be written."""
+        lines = [f"# {count(len(self.faults), 'picture')} that cannot be decoded"]
+        for _, sentence, file in self.faults:
+            move = f"mv {shlex.quote(file)} {shlex.quote(file + '.damaged')}  " if file else ""
+            lines.append(f"{move}# {' '.join(sentence.split())}")
+        with contextlib.suppress(OSError):
+            if min(row for row, *_ in self.faults) >= 0:
+                script.parent.mkdir(parents=True, exist_ok=True)
+                script.write_bytes(os.fsencode("\n".join(lines) + "\n"))
+                found = [sentence for _, sentence, _ in self.faults[:3]]
+                found += [f"and {len(self.faults) - 3:,} more"] * (len(self.faults) > 3)
+                way = f"'sh {shlex.quote(str(script))}' renames all that are damaged, so that they are passed over"
+                return UserError(f"{'; '.join(found)}. {way}{advice}.")
+        return self
 
 
 class Task(NamedTuple):
@@ -43,7 +72,8 @@ def decode_chunk(chunk: int, task: Task | None = None) -> tuple[list[tuple[np.nd
     """
     task = task or TASKS[0]
     pairs, faults = [], []
-    with noted() as notes:
+    with warnings.catch_warnings(record=True) as warned:  # those of libraries are not for the user
+        warnings.simplefilter("always")
         for index in task.rows[chunk * CHUNK : (chunk + 1) * CHUNK]:
             try:
                 image, label = task.dataset[index]
@@ -54,7 +84,7 @@ def decode_chunk(chunk: int, task: Task | None = None) -> tuple[list[tuple[np.nd
             except OSError as error:  # of a dataset that is not ours; Pillow's own, for damage, have no number
                 sentence = f"Image {index} of the dataset cannot be read: {error}"
                 faults.append((index, sentence, "") if error.errno is None else (-1, f"{sentence}.", ""))
-    return pairs, notes, faults
+    return pairs, [w.message.args for w in warned if isinstance(w.message, PictureNote)], faults
 
 
 def become_worker(task: Task) -> None:
@@ -114,7 +144,7 @@ def decoded(task: Task, num_workers: int) -> Iterator[tuple[np.ndarray, int]]:
     faults: list[tuple] = []
     notes: list[tuple] = []
     bar = Bar(total=len(task.rows), desc="decoding", unit=" image", unit_scale=True)
-    with bar, closing(chunks(task, num_workers)) as results:
+    with bar, contextlib.closing(chunks(task, num_workers)) as results:
         for pairs, new_notes, new_faults in results:
             faults += new_faults
             notes += new_notes
@@ -124,3 +154,14 @@ def decoded(task: Task, num_workers: int) -> Iterator[tuple[np.ndarray, int]]:
     if faults:  # all at once: whoever fixes one and starts again should not meet the next
         raise Unreadable(faults)
     tell(notes)
+
+
+def tell(notes: Iterable[tuple[str, str, float]]) -> None:
+    """Print a line for each kind of note. notes: (file, what, amount); what may have {sum} and {min} of the amounts in it."""
+    kinds = defaultdict(list)
+    for file, what, amount in notes:
+        kinds[what].append((file, amount))
+    for what, found in kinds.items():
+        files, amounts = zip(*found)
+        these = f"{count(len(found), 'picture has', 'pictures have')} {what.format(sum=sum(amounts), min=min(amounts))}"
+        print(f"note: {these}; e.g. {files[0]}")

@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from src.data.damaged import Unreadable
 from src.data.decode import to_uint8
 from src.data.folder import READ, Files, find_pictures, summary
-from src.data.workers import Task, decoded
+from src.data.workers import Task, Unreadable, decoded
 from src.utils import UserError, reading, reason, stand_in
 
 BESIDE = ("grid.png", "labels.csv", "settings.json")  # what sample.py writes beside its folder images

@@ -14,8 +14,7 @@ import torch
 from PIL import Image, ImageCms, TiffImagePlugin
 
 from src.data import decode
-from src.data.damaged import PictureNote
-from src.data.decode import open_image, to_uint8
+from src.data.decode import PictureNote, open_image, to_uint8
 from src.utils import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow's
