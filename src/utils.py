@@ -35,8 +35,7 @@ def count(number: int, noun: str, plural: str = "") -> str:
 
 
 def printable(name: Any) -> str:
-    """A name on one line of UTF-8: what is not UTF-8 in the name of a file or folder, or no letter but a line break, is spelled
-    out."""
+    """A name on one line of UTF-8: bytes that are not UTF-8, line breaks and control characters are spelled out."""
     letters = str(name).encode("utf-8", "backslashreplace").decode()
     return "".join(ascii(c)[1:-1] if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in letters)
 
@@ -83,8 +82,7 @@ def flush_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def reading(path: str | os.PathLike, advice: str = "Fix its permissions, or choose another one.") -> Iterator[None]:
-    """Turn an OSError in the block into a UserError that says what could not be read, and why: `path`, or the file in it that
-    the error names."""
+    """Turn an OSError in the block into a UserError that says why `path`, or the file in it that failed, could not be read."""
     try:
         yield
     except OSError as error:

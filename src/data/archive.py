@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
 from src.data.download import fetch
-from src.data.folder import find_pictures
+from src.data.folder import MOVE_IT, find_pictures
 from src.progress import Bar
 from src.utils import UserError, count, make_folders, need_space, reading, stand_in, writing
 
@@ -66,12 +66,14 @@ class Published(NamedTuple):
         own = path.with_name(self.folder)
         return f"--data_path {shlex.quote(str(own if own != path else path.parent / 'download' / self.folder))}"
 
-    def root(self, path: Path) -> Path:
-        """The folder that has the file `holds`: `path`, or its one sub-folder that has it. Raises OSError."""
-        if (path / self.holds).exists():
-            return path
-        inside = [file.parent for file in path.glob(f"*/{self.holds}")]
-        return inside[0] if len(inside) == 1 else path
+    def open(self, path: str | os.PathLike) -> tuple[Path, list[str]]:
+        """The folder that has the file `holds`, `path` or its one sub-folder that has it; and the words of that file."""
+        root = Path(os.path.abspath(path))
+        with reading(root, MOVE_IT):
+            if not (root / self.holds).exists():
+                inside = [file.parent for file in root.glob(f"*/{self.holds}")]
+                root = inside[0] if len(inside) == 1 else root
+        return root, self.read(root, self.holds).split()
 
     def incomplete(self, root: Path, what: str) -> UserError:
         """The advice never deletes, since the folder may hold other things, and does not lead back to here."""

@@ -78,10 +78,9 @@ def open_or_decode(
 ) -> Images:
     """The images of a task: from their cache file if that is there and still true, or decoded to it first.
 
-    name: of the dataset.   source: absolute path of its data, "" if there is none.
-    skip_damaged: leave out pictures that cannot be decoded.   other: gives a dataset whose damaged pictures are named as well.
-    num_workers: processes that decode; -1 is one per core, 0 is this process. Several runs may do this at once: each writes a
-    file of its own and renames it. Raises UserError: an image that cannot be decoded, a cache that cannot be read or written.
+    name: of the dataset.   source: absolute path of its data, "" if there is none.   num_workers, skip_damaged: see prepare.
+    other: gives a dataset whose damaged pictures are named as well. Several runs may do this at once: each writes a file of its
+    own and renames it. Raises UserError: an image that cannot be decoded, a cache that cannot be read or written.
     """
     dataset, channels, size, _ = task
     digits = hashlib.sha256(os.fsencode(source)).hexdigest()[:8]  # tell one source from another
@@ -137,7 +136,6 @@ def write_cache(cache: Path, task: Task, fingerprint: str, num_workers: int) -> 
     dataset, shape = task.dataset, (len(task.rows), task.channels, task.size, task.size)
     with writing(cache, "--cache_path", f"It needs {math.prod(shape) / 1e6:,.0f} MB."):
         make_folders(cache.parent)
-        # Of killed runs; one that is alive writes all the time.
         for part in cache.parent.glob(f".{glob.escape(cache.name[:100])}.part-*"):
             with suppress(OSError):  # it may be another user's
                 if time.time() - part.stat().st_mtime > ABANDONED:
@@ -166,9 +164,8 @@ def write_cache(cache: Path, task: Task, fingerprint: str, num_workers: int) -> 
             }
             np.save(file, labels)
             np.save(file, np.array(json.dumps(about)))
-            is_made, _ = open_cache(cache, fingerprint, len(task.rows) < len(dataset))
-            if is_made:  # it may be mapped by then, on another machine or on Windows: leave it
-                raise FileExistsError
+            if open_cache(cache, fingerprint, len(task.rows) < len(dataset))[0]:
+                raise FileExistsError  # another run was faster, and on another machine or on Windows it may be mapped: leave it
 
 
 def open_cache(cache: Path, fingerprint: str, skip_damaged: bool) -> tuple[Images | None, str]:

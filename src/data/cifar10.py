@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-from pathlib import Path
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -25,10 +24,9 @@ class CIFAR10(Dataset):
     """
 
     def __init__(self, path: str | os.PathLike, split: str):
-        with reading(path, MOVE_IT):
-            root = CIFAR_10.root(Path(os.path.abspath(path)))
-            self.classes = CIFAR_10.read(root, CIFAR_10.holds).split()
-            sizes = {}
+        root, self.classes = CIFAR_10.open(path)
+        sizes = {}
+        with reading(root, MOVE_IT):
             for name in FILES["train"] + FILES["val"]:
                 if not (root / name).is_file():
                     raise CIFAR_10.incomplete(root, f"it has no {name}")
@@ -40,16 +38,13 @@ class CIFAR10(Dataset):
         if whole != OFFICIAL * RECORD:
             found = count(whole // RECORD, "picture")
             print(f"note: each file in {root} has {found}; each of the official set has {OFFICIAL:,}")
-        parts = []
-        for name in FILES[split]:
-            with reading(root / name, MOVE_IT):
-                parts.append(np.fromfile(root / name, dtype=np.uint8).reshape(-1, RECORD))
-            labels = parts[-1][:, 0]
-            if labels.max() >= len(self.classes):
-                at, classes = int(labels.argmax()), count(len(self.classes), "class", "classes")
-                what = f"picture {at:,} of {name} has label {labels[at]}, and {CIFAR_10.holds} has {classes}"
-                raise CIFAR_10.incomplete(root, what)
-        self.records = np.concatenate(parts)
+        with reading(root, MOVE_IT):
+            self.records = np.concatenate([np.fromfile(root / name, np.uint8) for name in FILES[split]]).reshape(-1, RECORD)
+        labels = self.records[:, 0]
+        if labels.max() >= len(self.classes):
+            file, at = divmod(int(labels.argmax()), whole // RECORD)
+            what = f"picture {at:,} of {FILES[split][file]} has label {labels.max()}, and {CIFAR_10.holds} has "
+            raise CIFAR_10.incomplete(root, what + count(len(self.classes), "class", "classes"))
         state = [(name, size, (root / name).stat().st_mtime_ns) for name, size in sizes.items()]
         self.fingerprint = hashlib.sha256(f"{self.classes} {state}".encode()).hexdigest()
 

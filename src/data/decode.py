@@ -4,9 +4,9 @@ import contextlib
 import functools
 import io
 import os
+import re
 import struct
 import sys
-import threading
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -26,7 +26,6 @@ TURNS = {  # what a camera says about how it was held -> what makes the picture 
 }
 LEVELS = {255: 8, 1023: 10, 4095: 12, 16383: 14, 65535: 16}  # white -> bits of a sample
 OTHER_ORDER = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}  # of two bytes, in Pillow's raw modes
-STDERR = threading.Lock()  # held by the one thread that has turned stderr off
 
 
 class PictureNote(UserWarning):
@@ -71,8 +70,7 @@ def open_image(path: str | os.PathLike) -> Image.Image:
     """
     with reading(path, "Was it moved or deleted since the start? Put it back or fix its permissions."):
         data = Path(path).read_bytes()  # all at once: a disk that fails is not taken for a damaged file
-    with decoding(path), warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large is fine; too large is an error
+    with decoding(path):
         image = Image.open(io.BytesIO(data))
         if image.format in ("PNG", "TIFF"):
             (check_png if image.format == "PNG" else check_tiff)(image, data)
@@ -108,19 +106,18 @@ def check_tiff(image: Image.Image, data: bytes) -> None:
                 raise OSError("a strip is truncated")
 
 
-def to_uint8(image: Image.Image | np.ndarray | torch.Tensor, size: int | None, channels: int = 3) -> np.ndarray:
+def to_uint8(image: Image.Image | np.ndarray | torch.Tensor, size: int, channels: int = 3) -> np.ndarray:
     """Upright, in sRGB, on white where transparent, cut to the exact central square, scaled: uint8
     [channels, size, size]; 3 channels are RGB, 1 is grey (ITU-R 601 luma, which leaves R = G = B as it is).
 
     image: a PIL image of any mode, a uint8 array [H, W, 3], [H, W, 1] or [H, W], or a tensor [3, H, W] or [1, H, W], uint8
-    or float in [0, 1]. Nothing is resampled if a cut is enough.   size: None keeps the whole picture as large as it is.
+    or float in [0, 1]. Nothing is resampled if a cut is enough.   size: 0 keeps the whole picture as large as it is.
     Raises UserError that names the file if a PIL image cannot be decoded, ValueError for other arrays.
     """
     if not isinstance(image, Image.Image):
         return to_uint8(from_array(image), size, channels)
     with decoding(name_of(image)):
-        # a JPEG decodes at 1/2, 1/4 or 1/8 in a fraction of the time
-        drafted = image.draft(None, (2 * size, 2 * size)) if size else None
+        drafted = image.draft(None, (2 * size, 2 * size)) if size else None  # a JPEG at 1/2, 1/4 or 1/8: a fraction of the time
         rgb = flatten(image)
         if size and rgb.size != (size, size):
             width, height = drafted[1][2:] if drafted else rgb.size  # at 1/8 the last pixel may be an eighth of one
@@ -185,7 +182,7 @@ def srgb_transform(profile: bytes) -> tuple[str, Any]:
 def quiet_libtiff() -> Iterator[None]:
     """Discard what libtiff writes to file 2 from C, which can be hundreds of lines about a file that will be named anyway.
     What another thread writes there is lost too, for the moment that one TIFF takes."""
-    with STDERR, contextlib.ExitStack() as undo:
+    with contextlib.ExitStack() as undo:
         with contextlib.suppress(OSError):  # stderr is closed: nothing to do
             before = os.dup(2)
             undo.callback(os.close, before)
@@ -213,9 +210,7 @@ def to_8_bits(image: Image.Image) -> Image.Image:
 def load_deep_colour(image: Image.Image) -> None:
     """Load colour of 16 bits, of which Pillow keeps the high byte. If these are all small, the data have at most 14 bits, and
     the low bytes count too: they are the high ones of the other byte order."""
-    tiles = getattr(image, "tile", None)
-    args = tiles[0][3] if tiles else ""
-    if not str(args[0] if isinstance(args, tuple) else args).startswith(("RGB;16", "RGBA;16")):
+    if not re.search("'RGBA?;16", str(getattr(image, "tile", [])[:1])):  # the raw mode among the arguments of a tile
         return
     image.fp.seek(0)  # type: ignore[attr-defined]
     low: Any = Image.open(io.BytesIO(image.fp.read()))  # type: ignore[attr-defined]

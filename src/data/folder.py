@@ -101,29 +101,23 @@ class ImageFolder(Files):
 
 def hold_out(pictures: list[Picture], classes: list[str]) -> tuple[list[Picture], list[Picture]]:
     """(for training, held out)"""
-    train: list[Picture] = []
-    val: list[Picture] = []
     groups = defaultdict(list)
     for picture in sorted(pictures, key=lambda picture: hashlib.sha256(os.fsencode(picture.name)).digest()):
         groups[picture.group].append(picture)
-    held_out = min(max(round(len(pictures) / 20), 1), 2000)
-    for name in classes:
-        seen, group = len(train) + len(val), groups[name]
+    held_out, seen = min(max(round(len(pictures) / 20), 1), 2000), 0
+    val: list[Picture] = []
+    for group in [groups[name] for name in classes]:
+        seen += len(group)
         # the share of this class, rounded so that the shares add up to held_out; the only picture of a class is kept
-        share = min(held_out * (seen + len(group)) // len(pictures) - len(val), len(group) - 1)
-        val += group[:share]
-        train += group[share:]
-    if not val:
-        val.append(max(groups.values(), key=len)[0])
-        train.remove(val[0])
-    return train, val
+        val += group[: min(held_out * seen // len(pictures) - len(val), len(group) - 1)]
+    val = val or max(groups.values(), key=len)[:1]
+    chosen = set(val)
+    return [picture for picture in pictures if picture not in chosen], val
 
 
 def find_pictures(path: Path) -> tuple[list[Picture], dict[str, list[str]]]:
-    """All pictures below a folder, and {kind: names} of what is passed over.
-
-    A folder that links lead to twice is read once. Raises UserError for one that cannot be read: its pictures would be missing.
-    """
+    """All pictures below a folder, and {kind: names} of what is passed over. A folder that links lead to twice is read once.
+    Raises UserError for one that cannot be read: its pictures would be missing."""
     found: list[Picture] = []
     passed_over: dict[str, list[str]] = defaultdict(list)
     seen: set[str] = set()

@@ -58,8 +58,7 @@ class Shapes(Dataset):
         self.split = list(COUNTS).index(split)  # 0 train, 1 val; the first word of each picture's seed
         self.count = COUNTS[split]
         self.size = image_size
-        centres = (np.arange(image_size, dtype=np.float32) + 0.5) / image_size
-        self.y, self.x = np.meshgrid(centres, centres, indexing="ij")
+        self.y, self.x = (np.indices((image_size, image_size), dtype=np.float32) + 0.5) / image_size  # centres of pixels
 
     def __len__(self) -> int:
         return self.count

@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 
 from src.data.archive import Published
-from src.data.folder import MOVE_IT, Files, find_pictures, summary
-from src.utils import count, reading
+from src.data.folder import Files, find_pictures, summary
+from src.utils import count
 
 TINY_IMAGENET = Published("Tiny ImageNet", archive="tiny-imagenet-200.zip", holds="wnids.txt", folder="tiny-imagenet-200")
 OFFICIAL = {"train": 100_000, "val": 10_000}  # pictures of the official set, in 200 classes
@@ -20,11 +20,10 @@ class TinyImageNet(Files):
     """
 
     def __init__(self, path: str | os.PathLike, split: str):
-        with reading(path, MOVE_IT):
-            root = TINY_IMAGENET.root(Path(os.path.abspath(path)))
-            class_ids = list(dict.fromkeys(TINY_IMAGENET.read(root, "wnids.txt").split()))
-            if not class_ids or not (root / split).exists():
-                raise TINY_IMAGENET.incomplete(root, f"it has no {split}" if class_ids else "its wnids.txt is empty")
+        root, words = TINY_IMAGENET.open(path)
+        class_ids = list(dict.fromkeys(words))
+        if not class_ids or not (root / split).exists():
+            raise TINY_IMAGENET.incomplete(root, f"it has no {split}" if class_ids else "its wnids.txt is empty")
         label_of = {wnid: label for label, wnid in enumerate(class_ids)}
         found, passed_over = find_pictures(root / split)
         pairs = [(label_of[picture.parts[0]], picture.entry) for picture in found if picture.parts[0] in label_of]
@@ -51,8 +50,7 @@ class TinyImageNet(Files):
         if (len(pairs), len(class_ids)) != (OFFICIAL[split], 200):
             size = f"{count(len(pairs), 'picture')} of {count(len(class_ids), 'class', 'classes')}"
             print(f"note: {root / split} has {size}; the official set has {OFFICIAL[split]:,} of 200")
-        words: dict[str, str] = {}  # "n01443537": "goldfish, Carassius auratus"; a class that it lacks is named by its id
-        if (root / "words.txt").exists():
-            words = dict(line.split("\t", 1) for line in TINY_IMAGENET.read(root, "words.txt").splitlines() if "\t" in line)
-        names = [words.get(wnid, wnid).split(",")[0].strip() for wnid in class_ids]
-        super().__init__([entry for _, entry in pairs], labels, names, class_ids)
+        lines = TINY_IMAGENET.read(root, "words.txt").splitlines() if (root / "words.txt").exists() else []
+        names = dict(line.split("\t", 1) for line in lines if "\t" in line)  # "n01443537": "goldfish, Carassius auratus"
+        classes = [names.get(wnid, wnid).split(",")[0].strip() for wnid in class_ids]
+        super().__init__([entry for _, entry in pairs], labels, classes, class_ids)

@@ -36,8 +36,7 @@ class Unreadable(UserError):
         super().__init__("\n".join(sentences[:20] + [f"... and {len(sentences) - 20:,} more."] * (len(sentences) > 20)))
 
     def listed(self, script: Path, advice: str = "") -> UserError:
-        """The same with a list of them all, which is a shell script that moves them aside. As it is where the pictures are not
-        at fault, or the list cannot be written."""
+        """The same with a list of all, a shell script that moves them aside. As it is if the disk is at fault or lacks room."""
         lines = [f"# {count(len(self.faults), 'picture')} that cannot be decoded"]
         for _, sentence, file in self.faults:
             move = f"mv {shlex.quote(file)} {shlex.quote(file + '.damaged')}  " if file else ""
@@ -66,10 +65,8 @@ TASKS: list[Task] = []  # the one of a process that decodes, see become_worker
 
 
 def decode_chunk(chunk: int, task: Task | None = None) -> tuple[list[tuple[np.ndarray, int]], list[tuple], list[tuple]]:
-    """Chunk number `chunk`: pairs of uint8 [C, S, S] and label, the args of PictureNotes, and faults.
-
-    Faults, because an exception would end the work at the first damaged picture.   task: None in a worker, which has it.
-    """
+    """Chunk number `chunk`: pairs of uint8 [C, S, S] and label, the args of PictureNotes, and faults: an exception would end
+    the work at the first damaged picture.   task: None in a worker, which has it."""
     task = task or TASKS[0]
     pairs, faults = [], []
     with warnings.catch_warnings(record=True) as warned:  # those of libraries are not for the user

@@ -46,7 +46,7 @@ class PictureSet:
         """The same in colour (3) or in grey (1), as src/data/decode.py makes it."""
         if channels == self.pixels.shape[1]:
             return self
-        pixels = [to_uint8(picture.transpose(1, 2, 0), None, channels) for picture in self.pixels[:]]
+        pixels = [to_uint8(picture.transpose(1, 2, 0), 0, channels) for picture in self.pixels[:]]
         return PictureSet(self.name, np.stack(pixels))
 
     def about(self) -> dict[str, object]:

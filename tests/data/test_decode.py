@@ -29,7 +29,7 @@ def saved(image, path, **options):
 
 def whole(image):
     """[H, W, 3], uncut."""
-    return to_uint8(image, None).transpose(1, 2, 0)
+    return to_uint8(image, 0).transpose(1, 2, 0)
 
 
 def centre(image):
