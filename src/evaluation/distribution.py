@@ -37,6 +37,7 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 KID_SUBSETS = 100
 NEIGHBOURHOOD = 3  # of precision and recall: the ball around a picture reaches to its third neighbour (arXiv:1904.06991)
 PRC_PICTURES = 10_000  # of each side at most, because the pairs grow with the square
+Features = dict[str, Tensor]  # see FeatureNetwork.features
 SEED = 2020  # of the subsets and splits, torch-fidelity's own
 NAMES = {  # ours -> torch-fidelity's
     "fid": "frechet_inception_distance",
@@ -67,11 +68,10 @@ def measure_distribution(ev: Evaluation) -> dict[str, Any]:
         "library": f"torch-fidelity {version}",
         "network": network.name,
         "comparable_with_published_inception_fid": network.is_published and not found,
-        "samples": samples.about() | ({} if flags.samples else ev.drawing()),
+        "samples": samples.about() | ev.drawing(),
         "reference": reference.about(),
         "kid": f"{KID_SUBSETS} subsets of {flags.kid_subset_size}",
-        "precision_recall": f"neighbourhood {NEIGHBOURHOOD}, at most {PRC_PICTURES} pictures a side, by the same network's "
-        f"features {network.layers['prc']}",
+        "precision_recall": f"neighbourhood {NEIGHBOURHOOD}, at most {PRC_PICTURES} a side, features {network.layers['prc']}",
         "warnings": found,
     }
 
@@ -143,7 +143,7 @@ class FeatureNetwork:
         self.key = "-".join(filter(None, [full_name, digest[:8], f"tf{version}"]))  # for file names
 
     @torch.no_grad()
-    def features(self, pictures: PictureSet, batch_size: int, folder: Path | None = None) -> dict[str, Tensor]:
+    def features(self, pictures: PictureSet, batch_size: int, folder: Path | None = None) -> Features:
         """{layer: [N, D] float32, "mu": their mean in the layer of FID, "sigma": their covariance}, on the CPU. folder: where
         they are kept, under the fingerprint of the pictures."""
         file = folder / f"{pictures.fingerprint}-{self.key}.npz" if folder else None
@@ -164,9 +164,7 @@ class FeatureNetwork:
         return found
 
 
-def figures(
-    samples: dict[str, Tensor], reference: dict[str, Tensor], layers: dict[str, str], kid_subset_size: int
-) -> dict[str, float]:
+def figures(samples: Features, reference: Features, layers: dict[str, str], kid_subset_size: int) -> dict[str, float]:
     """All figures by name. samples, reference: as FeatureNetwork.features gives them."""
     kid, prc = layers["kid"], layers["prc"]
     statistics = [{name: features[name].numpy() for name in ("mu", "sigma")} for features in (samples, reference)]

@@ -71,8 +71,7 @@ def measure_nearest(ev: Evaluation) -> dict[str, Any]:
     samples = samples.with_channels(ev.settings.CHANNELS)
     some = torch.randperm(len(val), generator=torch.Generator().manual_seed(noise.VALIDATION))[: len(samples)]
     others = PictureSet("validation pictures", val.pixels[some.numpy()])
-    drawing = None if flags.samples else ev.drawing()
-    found: dict[str, Any] = {"samples": len(samples), "held_out": len(others), "drawing": drawing}
+    found: dict[str, Any] = {"samples": len(samples), "held_out": len(others), "drawing": ev.drawing()}
 
     def features(pictures: PictureSet) -> np.ndarray:
         kept = ev.cache / "fidelity" if pictures is train else None

@@ -98,8 +98,9 @@ class Evaluation:
         return PictureSet(f"{flags.checkpoint}, drawn", self.world.sum(pixels).numpy())  # those of other processes are 0 here
 
     def drawing(self) -> dict[str, Any]:
-        """How pictures are drawn, for the protocol."""
-        return self.pipeline.about() | {"seed": self.flags.seed}
+        """How pictures are drawn, for the protocol; {} where --samples are measured instead."""
+        about = {} if self.flags.samples else self.pipeline.about() | {"seed": self.flags.seed}
+        return {name: value for name, value in about.items() if name != "eta" or about["sampler"] == "ddim"}
 
     def validation(self, number: int) -> dict[str, Any]:
         """Which validation pictures, for the protocol: `number` of them, the same ones as long as the split is the same."""
