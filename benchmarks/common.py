@@ -1,4 +1,4 @@
-"""What the benchmarks share: flags, timing in turns, the machine and its ceilings, FLOPs, and a table that is kept as JSON."""
+"""What the benchmarks share: flags, timing in turns, the machine and its ceiling, FLOPs, and a table that is kept as JSON."""
 
 import argparse
 import json
@@ -18,10 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import config
 from src.dataset import Images
 from src.runtime.device import computes_in_bf16, describe, synchronize
-from src.runtime.settings import Settings, resolve
 from src.runtime.signals import run_script
 
 Args = argparse.Namespace
@@ -51,10 +49,10 @@ def main(name: str, doc: str | None, measure: Callable[[Args], None], flags: Fla
     return run_script(f"benchmarks.{name}", lambda _: measure(args), "Stopped.")
 
 
-def settings_for(args: Args, **changes: Any) -> Settings:
-    """The settings of config.py, changed by --tiny, then by --train_flags, then by `changes` (flags of train.py)."""
-    words = [*shlex.split(TINY if args.tiny else ""), *shlex.split(args.train_flags), f"--device={args.device}"]
-    return resolve(config, words + [f"--{name}={value}" for name, value in changes.items()]).settings
+def flags_for(args: Args, **changes: Any) -> list[str]:
+    """Flags of train.py: `changes`, then those of --tiny, then --train_flags. The last of two counts."""
+    words = [f"--{name}={value}" for name, value in changes.items()] + [f"--device={args.device}"]
+    return words + shlex.split(TINY if args.tiny else "") + shlex.split(args.train_flags)
 
 
 def random_images(count: int, size: int) -> Images:
@@ -97,15 +95,12 @@ def forward_gflop(model: Callable, image_size: int) -> float:
     return counter.get_total_flops() / 1e9
 
 
-def ceilings(device: torch.device, tiny: bool) -> dict[str, float]:
-    """What the machine can do at best: a large matrix product in TFLOP/s, in bf16 where the hardware has it, and a large copy
-    in GB/s, read and written. The fastest of ten calls counts, because neighbours only take time away."""
-    side, count = (128, 2**16) if tiny else (8192, 2**29) if device.type == "cuda" else (2048, 2**26)
-    dtype = torch.bfloat16 if computes_in_bf16(device) else torch.float32
-    a, (source, target) = torch.randn(side, side, device=device).to(dtype), torch.zeros(2, count, device=device)
-    matmul = min(seconds_per_call(lambda: a @ a, 1, device) for _ in range(11))
-    copy = min(seconds_per_call(lambda: target.copy_(source), 1, device) for _ in range(11))
-    return {"matmul_tflops": 2 * side**3 / matmul / 1e12, "copy_gb_per_second": 8 * count / copy / 1e9}
+def matmul_tflops(device: torch.device, tiny: bool) -> float:
+    """What the machine can do at best: TFLOP/s of a large matrix product, in bf16 where the hardware has it. The fastest of ten
+    calls counts, because neighbours only take time away."""
+    side = 128 if tiny else 8192 if device.type == "cuda" else 2048
+    a = torch.randn(side, side, device=device).to(torch.bfloat16 if computes_in_bf16(device) else torch.float32)
+    return 2 * side**3 / min(seconds_per_call(lambda: a @ a, 1, device) for _ in range(11)) / 1e12
 
 
 def hardware(device: torch.device) -> str:

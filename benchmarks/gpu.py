@@ -23,26 +23,26 @@ from src.runtime.device import pick_device
 
 TESTS = "-m pytest -q -m gpu tests/test_gpu.py tests/test_dataset.py"
 STEP = "-m benchmarks.train_step --rounds 3 --peers"
+DRAW = "-m benchmarks.train_step --rounds 2 --steps 2 --peers --batches 64 --draw"
 LOOP = "train.py --batch_size 256 --log_every 10 --val_every 1000 --max_steps 100000"
 ROWS = [  # name, seconds at most, what to run
     ("correct", 60, f"{TESTS} -k 'not compiled'"),
     ("correct, compiled", 40, f"{TESTS} -k compiled"),
     ("our step", 90, f"{STEP} --batches 16 256 64"),
-    ("pictures", 40, "-m benchmarks.sample --modes --samplers dpm++ ddpm --most_steps 50 --rounds 2"),
+    ("pictures", 30, f"{DRAW} dpm++ ddpm"),
+    ("pictures, eager", 20, f"{DRAW} dpm++ --train_flags='--compile false'"),
     ("the loop of train.py", 40, LOOP),
-    ("profile, batch 256", 40, "-m benchmarks.profile_step --batch 256"),
+    ("profile, batch 256", 40, f"{STEP} --batches 256 --profile"),
     ("variants, batch 256", 60, f"{STEP} --alone --batches 256 --variants lean graphs layout"),
     ("peers, batch 16", 60, f"{STEP} diffusers lucidrains --alone --batches 16"),
     ("variants, batch 16", 90, f"{STEP} --alone --batches 16 --variants graphs lean loss-graphs"),
     ("peers, batch 256", 90, f"{STEP} diffusers lucidrains --alone --batches 256"),
     ("more variants", 120, f"{STEP} --alone --batches 256 --variants no-mix-order cudnn-benchmark eager"),
-    ("profile, batch 16", 40, "-m benchmarks.profile_step --batch 16"),
-    ("pictures of diffusers", 150, "-m benchmarks.sample --rounds 2 --most_steps 50"),
+    ("profile, batch 16", 40, f"{STEP} --batches 16 --profile"),
 ]
 TINY = {  # added to them with --tiny; the last of two flags counts
     "-m pytest": "--collect-only",
     "-m benchmarks.train_step": "--tiny --rounds 1 --batches 2 --variants eager",
-    "-m benchmarks": "--tiny",
     "train.py": f"{common.TINY} --max_steps 3 --log_every 1 --num_samples 2 --preview_steps 2 --val_images 8",
 }
 LEAST = 15  # seconds that are worth a start

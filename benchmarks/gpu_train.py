@@ -42,9 +42,8 @@ def recipe(args: Args, gflops: float) -> tuple[list[str], Settings]:
     seconds, chosen = 60 * args.minutes - 2 * BEFORE - AFTER, (list[str](), nature)
     for width in range(nature.UNET_DIM, 257, 8):
         lr = nature.LEARNING_RATE * math.sqrt(args.batch / nature.BATCH_SIZE) * nature.UNET_DIM / width
-        words = [f"--device={args.device}", "--preset=nature", f"--unet_dim={width}", f"--batch_size={args.batch}"]
-        words += [f"--learning_rate={lr:.2g}", *shlex.split(common.TINY if args.tiny else ""), *shlex.split(args.train_flags)]
-        s = resolve(config, words).settings
+        changes = dict(preset="nature", unet_dim=width, batch_size=args.batch, learning_rate=f"{lr:.2g}")
+        s = resolve(config, words := common.flags_for(args, **changes)).settings
         model = build_model(s, CLASSES)
         pictures = SHARE * gflops * seconds / (3 * common.forward_gflop(model, s.IMAGE_SIZE))
         if width > nature.UNET_DIM and (2 * parameter_count(model) > BYTES or pictures < PICTURES):
@@ -56,7 +55,7 @@ def recipe(args: Args, gflops: float) -> tuple[list[str], Settings]:
 def measure(args: Args) -> None:
     end, device, out = time.monotonic() + 60 * args.minutes, pick_device(args.device), args.results
     known = [row["gflop_per_second"] for row in Table("train_step", args, device).past() if row["name"] == "ours"]
-    gflops = max(known) if known else 400 * common.ceilings(device, args.tiny)["matmul_tflops"]  # 40%: an estimate
+    gflops = max(known) if known else 400 * common.matmul_tflops(device, args.tiny)  # 40%: an estimate
     words, s = recipe(args, gflops)
     step = Step(s, device, common.random_images(4096, s.IMAGE_SIZE))
     first = common.seconds_per_call(step, 1, device)  # compiles: train.py finds the result in the cache on disk

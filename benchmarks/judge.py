@@ -5,7 +5,7 @@
 
 Shapes. A picture becomes a silhouette: how far each pixel is from the ground's colour, the ink being 1. Its outline is that of
 the six whose nearest copy, of any size, place and tilt that src/data/shapes.py draws, has the smallest squared error as a share
-of the copy's area. A picture with a share above --spoiled has none of the six. Shapes of the dataset itself have at most 0.04.
+of the copy's area. A picture with a share above 0.12 has none of the six. Shapes of the dataset itself have at most 0.04.
 
 Other datasets. A small classifier learns the training pictures of the checkpoint's classes, in 2,000 steps of 50, once: it is
 kept beside the cache. It never sees validation pictures. Then, of real validation pictures and of drawn ones: in_their_class is
@@ -39,6 +39,7 @@ from src.utils import atomic_file, save_png
 STEPS, BATCH = 2000, 50  # of the classifier
 VIEW = 10_000  # pictures of a set, at most, that the figures look at
 
+SPOILED = 0.12  # the largest error of a shape that counts
 OUTLINES = ["circle", "square", "triangle", "ring", "cross", "star"]
 TILTS = {shape: tilt for _, shape, tilt in KINDS.values()}
 
@@ -176,16 +177,16 @@ def spread_within(features: Tensor, labels: Tensor) -> float:
 
 
 def draw(args: Args) -> tuple[Pipeline, Images]:
-    """--count pictures of the checkpoint, their labels being those that they were drawn as."""
+    """--count pictures of the checkpoint by 20 steps of dpm++, their labels being those that they were drawn as."""
     how = dict(
-        classes="all", sampler="dpm++", spacing="logsnr", eta=0.0, weights="ema", precision="fp32", compile="false", typed=()
+        classes="all", sampler="dpm++", steps=20, spacing="logsnr", eta=0.0, weights="ema", precision="fp32", compile="false"
     )
-    pipeline = Pipeline(SimpleNamespace(**how, **vars(args)))  # type: ignore[arg-type]  # Namespace or like it
+    pipeline = Pipeline(SimpleNamespace(**how, **vars(args), typed=()))  # type: ignore[arg-type]  # Namespace or like it
     if args.npz:
         with np.load(args.npz) as kept:
             pixels, labels = torch.from_numpy(kept["arr_0"]).permute(0, 3, 1, 2), torch.from_numpy(kept["arr_1"])
     else:
-        drawn = pipeline.series(range(args.count), 50, partial(pipeline.start, args.seed))
+        drawn = pipeline.series(range(args.count), 50, partial(pipeline.start, 0))
         pixels = torch.cat([batch for _, batch in drawn])
         labels = torch.tensor([pipeline.label(i) or 0 for i in range(args.count)])
     return pipeline, Images(pixels.numpy(), labels, pipeline.classes, pipeline.class_ids, Path())
@@ -198,7 +199,7 @@ def measure(args: Args) -> None:
     if pipeline.settings.DATASET == "shapes":
         wanted = torch.tensor([OUTLINES.index(name.split()[-1]) for name in names])
         share, seen = errors(torch.from_numpy(drawn[:])).min(dim=1)
-        right = (seen == wanted) & (share <= args.spoiled)
+        right = (seen == wanted) & (share <= SPOILED)
         for k, outline in enumerate(OUTLINES):
             table.add(outline=outline, right=int(right[wanted == k].sum()), of=int((wanted == k).sum()))
         table.add(outline="all", right=int(right.sum()), of=len(drawn))
@@ -215,10 +216,7 @@ FLAGS: common.Flags = {
     "checkpoint": dict(default="checkpoints/demo/best.pth", help="default: checkpoints/demo/best.pth"),
     "count": dict(type=int, default=200, help="pictures, one class after the other (default: 200)"),
     "npz": dict(type=Path, help="judge these instead: samples.npz of sample.py, by this checkpoint's data"),
-    "steps": dict(type=int, default=20, help="of dpm++ (default: 20)"),
     "guidance": dict(type=float, default=3.0, help="default: 3"),
-    "seed": dict(type=int, default=0, help="which series of pictures (default: 0)"),
-    "spoiled": dict(type=float, default=0.12, help="of shapes: the largest share of a picture that counts (default: 0.12)"),
     "sheet": dict(type=Path, help="where to put the first 100 pictures, as PNG"),
 }
 

@@ -62,13 +62,13 @@ def fetch_wheels(folder: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_path", type=Path, default=Path("data/tiny-imagenet-200"), help="Tiny ImageNet, unpacked")
+    data_path = parser.parse_args().data_path
     shutil.rmtree(TRAVEL, ignore_errors=True)
-    take_pictures(parser.parse_args().data_path, TRAVEL / "ten")
+    take_pictures(data_path, TRAVEL / "ten")
     fetch_wheels(TRAVEL / "wheels")
     tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=True).stdout.splitlines()
     parts = {"repository": map(Path, tracked)} | {name: (TRAVEL / name).rglob("*") for name in ("ten", "wheels")}
     sizes = {name: sum(path.stat().st_size for path in files if path.is_file()) / 2**20 for name, files in parts.items()}
-    print(*sorted(path.name for path in (TRAVEL / "wheels").iterdir()), sep="\n")
     print(", ".join(f"{name} {size:.1f} MiB" for name, size in sizes.items()) + f": {sum(sizes.values()):.1f} MiB in all")
     return 0
 

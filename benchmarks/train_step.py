@@ -4,10 +4,9 @@
     python -m benchmarks.train_step --peers --variants plain no-QuickNorm --batches 4 --train_flags="--precision bf16"
 
 On a CPU all are measured in turns; on a GPU one after the other, because not all fit into memory together. Networks of unequal
-size compare by GFLOP/s: three forward passes an image. "script" is what a library's own training script does by default:
-diffusers' train_unconditional.py (float32, AdamW, no average of the weights) and the Trainer of denoising-diffusion-pytorch
-(float32, Adam, the average every 10 steps). "best" adds bf16, channels_last, a fused optimizer and, on CUDA, torch.compile. The
-images of other libraries lie on the device already. `pip install -r requirements-bench.txt` installs them.
+size compare by GFLOP/s: three forward passes an image. Other libraries run as their own scripts do, in float32: diffusers'
+train_unconditional.py with the flags that its README types, and the Trainer of denoising-diffusion-pytorch ("lucidrains").
+Their images lie on the device already. `pip install -r requirements-bench.txt` installs them. --draw times drawing instead.
 """
 
 import gc
@@ -16,14 +15,17 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.profiler import profile
 
+import config
 from benchmarks import common
 from benchmarks.common import Args, Call, Table
 from benchmarks.lean import LeanResBlock
@@ -31,11 +33,14 @@ from src import model as plain
 from src import noise
 from src.dataset import DeviceImages, Images
 from src.ema import EMA
+from src.noise import PictureNoise
 from src.runtime import kernels
 from src.runtime.build import build_batches, build_diffusion, build_model, build_optimizer
 from src.runtime.device import InPrecision, peak_memory, pick_device, pick_precision, place, should_compile
 from src.runtime.monitor import Meter
-from src.runtime.settings import Settings
+from src.runtime.settings import Settings, resolve
+from src.samplers import SAMPLERS
+from src.utils import to_uint8
 
 
 class Step:
@@ -120,7 +125,7 @@ VARIANTS: dict[str, Callable[[Step], None]] = {
     "cudnn-benchmark": lambda step: setattr(step, "take", torch.backends.cudnn.flags(True, True)(step.take)),
 }
 
-MODES = ("script", "best")
+DRAWN = 20  # steps of a sampler that are timed; a thousand take fifty times as long
 LUCIDRAINS_MULTS: dict[tuple[int, ...], tuple[int, ...]] = {(1, 2, 3, 4): (1, 2, 3, 6)}  # as large as ours: 86.5M beside 92.0M
 
 
@@ -135,83 +140,99 @@ def diffusers_unet(s: Settings) -> Any:
         layers_per_block=s.NUM_RES_BLOCKS,
         down_block_types=["AttnDownBlock2D" if there else "DownBlock2D" for there in has_attention],
         up_block_types=["AttnUpBlock2D" if there else "UpBlock2D" for there in reversed(has_attention)],
-        attention_head_dim=min(64, s.UNET_DIM),
-        norm_num_groups=plain.norm_groups(s.UNET_DIM),
+        attention_head_dim=min(64, s.UNET_DIM // 2),
+        norm_num_groups=s.UNET_DIM // 4,
     )
 
 
 def lucidrains_unet(s: Settings) -> Any:
     from denoising_diffusion_pytorch import Unet
 
-    return Unet(dim=s.UNET_DIM, dim_mults=LUCIDRAINS_MULTS.get(s.DIM_MULTS, s.DIM_MULTS))
+    heads = max(1, min(4, s.UNET_DIM // 16))  # 4 at the width 64 of its README
+    return Unet(dim=s.UNET_DIM, dim_mults=LUCIDRAINS_MULTS.get(s.DIM_MULTS, s.DIM_MULTS), attn_heads=heads)
 
 
-def prepared(model: nn.Module, device: torch.device, mode: str) -> Callable:
-    """Another library's module on the device, as its scripts run it or at its best."""
-    model.to(device)
-    if mode == "best":
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if device.type == "cuda":
-            model.compile()
-    return InPrecision(model, device, pick_precision("auto" if mode == "best" else "fp32", device))
+class Peer(NamedTuple):
+    """What another library's script trains, and the average of its weights. loss: of x_0 [B, 3, S, S] in [-1, 1]."""
+
+    module: nn.Module
+    averaged: nn.Module
+    loss: Callable[[Tensor], Tensor]
+    optimizer: torch.optim.Optimizer
+    rate: torch.optim.lr_scheduler.LRScheduler
+    update_average: Call
+
+    def step(self, x_0: Tensor) -> None:
+        loss = self.loss(x_0)
+        loss.item()  # both log it every step
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+        self.optimizer.step()
+        self.rate.step()
+        self.optimizer.zero_grad()
+        self.update_average()
 
 
-def diffusers_step(s: Settings, x_0: Tensor, mode: str) -> Call:
-    """x_0: [B, 3, S, S] in [-1, 1], on the device."""
+def diffusers_peer(unet: Any, s: Settings, last_step: int = 10_000) -> Peer:
     from diffusers import DDPMScheduler
+    from diffusers.optimization import get_scheduler
+    from diffusers.training_utils import EMAModel
 
-    model, scheduler = diffusers_unet(s).train(), cast(Any, DDPMScheduler(num_train_timesteps=s.TIME_STEPS))
-    network = prepared(model, x_0.device, mode)
+    weights, averaged = list(unet.train().parameters()), deepcopy(unet).eval().requires_grad_(False)
+    average = EMAModel(weights, decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=3 / 4)
+    average.shadow_params = list(averaged.parameters())  # so that they are a network
+    scheduler = cast(Any, DDPMScheduler(num_train_timesteps=s.TIME_STEPS))
 
-    def loss() -> Tensor:
+    def loss(x_0: Tensor) -> Tensor:
         eps, t = torch.randn_like(x_0), torch.randint(0, s.TIME_STEPS, (len(x_0),), device=x_0.device)
-        return F.mse_loss(network(scheduler.add_noise(x_0, eps, t), t).sample.float(), eps)
+        return F.mse_loss(unet(scheduler.add_noise(x_0, eps, t), t).sample, eps)
 
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, (0.95, 0.999), 1e-8, 1e-6, fused=mode == "best" or None)
-    return usual_step(loss, optimizer, mode, lambda: None)
+    optimizer = torch.optim.AdamW(weights, 1e-4, (0.95, 0.999), 1e-8, 1e-6)
+    rate = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=last_step)
+    return Peer(unet, averaged, loss, optimizer, rate, partial(average.step, weights))
 
 
-def lucidrains_step(s: Settings, x_0: Tensor, mode: str) -> Call:
+def lucidrains_peer(unet: Any, s: Settings, last_step: int = 0) -> Peer:
     from denoising_diffusion_pytorch import GaussianDiffusion
-    from ema_pytorch import EMA
+    from ema_pytorch import EMA as Average
 
-    diffusion = GaussianDiffusion(lucidrains_unet(s), image_size=s.IMAGE_SIZE, timesteps=s.TIME_STEPS).train()
-    network, images = prepared(diffusion, x_0.device, mode), (x_0 + 1) / 2  # it scales [0, 1] to [-1, 1] itself
-    ema = EMA(diffusion, beta=0.995, update_every=10, use_foreach=mode == "best").to(x_0.device)
-    ema.step += 1000  # in its first hundred steps it copies instead
-    optimizer = torch.optim.Adam(diffusion.model.parameters(), 1e-4, (0.9, 0.99), fused=mode == "best" or None)
-    return usual_step(lambda: network(images), optimizer, mode, ema.update)
-
-
-def usual_step(loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, mode: str, update_average: Call) -> Call:
-    def step() -> None:
-        value = loss()
-        if mode == "script":
-            value.item()  # both log it every step
-        value.backward()
-        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        update_average()
-
-    return step
+    diffusion = GaussianDiffusion(unet, image_size=s.IMAGE_SIZE, timesteps=s.TIME_STEPS, sampling_timesteps=250)  # of [0, 1]
+    average = Average(diffusion.to(next(unet.parameters()).device).train(), beta=0.995, update_every=10)
+    optimizer = torch.optim.Adam(unet.parameters(), 1e-4, (0.9, 0.99))
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    return Peer(diffusion, average.ema_model, lambda x_0: diffusion((x_0 + 1) / 2), optimizer, rate, average.update)
 
 
-PEERS: dict[str, Callable] = {"diffusers": diffusers_step, "lucidrains": lucidrains_step}
-UNETS: dict[str, Callable] = {
-    "ours": partial(build_model, num_classes=10),
-    "diffusers": diffusers_unet,
-    "lucidrains": lucidrains_unet,
-}
+PEERS: dict[str, Callable[..., Peer]] = {"diffusers": diffusers_peer, "lucidrains": lucidrains_peer}
+UNETS: dict[str, Callable] = {"ours": partial(build_model, num_classes=10)}
+UNETS |= {"diffusers": diffusers_unet, "lucidrains": lucidrains_unet}
+
+
+def drawing(s: Settings, device: torch.device, sampler: str) -> Call:
+    """Draws a batch of pictures by an untrained network, as sample.py does."""
+    dtype, shape = pick_precision(s.PRECISION, device), (3, s.IMAGE_SIZE, s.IMAGE_SIZE)
+    network: Callable = InPrecision(place(build_model(s, 10).eval().requires_grad_(False), device, dtype), device, dtype)
+    network = torch.compile(network) if should_compile(s.COMPILE, device) else network
+    diffusion, noise = build_diffusion(s).to(device), PictureNoise(0, range(s.BATCH_SIZE), shape, device)
+    return lambda: to_uint8(diffusion.sample(network, (s.BATCH_SIZE, *shape), sampler, DRAWN, noise=noise))
 
 
 def contestants(args: Args, s: Settings, device: torch.device) -> dict[str, Callable[[], Call]]:
+    if args.draw:
+        return {f"ours, {DRAWN} steps of {sampler}": partial(drawing, s, device, sampler) for sampler in args.draw}
     images = common.random_images(max(4096, s.BATCH_SIZE), s.IMAGE_SIZE)
     x_0, _ = DeviceImages(images, device).batch(torch.arange(s.BATCH_SIZE))
     entered: dict[str, Callable[[], Call]] = {} if args.alone else {"ours": partial(Step, s, device, images)}
     entered |= {f"ours, {name}": partial(Step, s, device, images, name) for name in args.variants}
-    entered |= {f"{peer}, {mode}": partial(PEERS[peer], s, x_0, mode) for peer in args.peers for mode in args.modes}
-    return entered
+    return entered | {name: lambda p=name: partial(PEERS[p](UNETS[p](s).to(device), s).step, x_0) for name in args.peers}
+
+
+def kernels_of(step: Call, calls: int) -> str:
+    """torch's table of where the time goes, as text: kernels, or on a CPU operations."""
+    with profile() as record:
+        common.seconds_per_call(step, calls, torch.device("cpu"))
+    order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    return record.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=90)
 
 
 def race(args: Args, s: Settings, device: torch.device, table: Table) -> None:
@@ -231,18 +252,18 @@ def race(args: Args, s: Settings, device: torch.device, table: Table) -> None:
         seconds = common.in_turns(running, args.rounds, args.steps, device)
         ours = seconds.get("ours", ours)
         for name, times in seconds.items():
-            model = UNETS[name.split(",")[0]](s)
+            model, passes = UNETS[name.split(",")[0]](s), DRAWN if args.draw else 3
             gflop, speed = common.forward_gflop(model, s.IMAGE_SIZE), s.BATCH_SIZE / statistics.median(times)
             figures = {"images_per_second": speed} | common.spread("milliseconds", [1000 * x for x in times])
             figures |= common.spread("over_ours", times, ours) if ours else {}
-            figures |= {"forward_gflop": gflop, "gflop_per_second": speed * 3 * gflop}
-            figures |= {"share_of_matmul": speed * 3 * gflop / 1000 / table.about["matmul_tflops"]}
+            figures |= {"forward_gflop": gflop, "gflop_per_second": speed * passes * gflop}
+            figures |= {"share_of_matmul": speed * passes * gflop / 1000 / table.about["matmul_tflops"]}
             figures |= {"params_millions": plain.parameter_count(model) / 1e6, "seconds_to_first_step": first[name]}
-            figures |= {
-                "graphs_compiled": counters["inductor"]["fxgraph_cache_miss"]
-            }  # so far; 0: all were in the cache on disk
+            figures |= {"graphs_compiled": counters["inductor"]["fxgraph_cache_miss"]}  # so far, that were not in the cache
             figures |= {"peak_gib": peak_memory(device)} if on_gpu else {}
             table.add(batch=s.BATCH_SIZE, name=name, **figures, rounds=args.rounds)
+            if args.profile:
+                print(kernels_of(running[name], args.steps))
         del running, step  # on a GPU the next one needs the memory
         torch.compiler.reset()  # else a second batch size would be compiled for any size
         gc.collect()
@@ -254,9 +275,10 @@ def race(args: Args, s: Settings, device: torch.device, table: Table) -> None:
 def measure(args: Args) -> None:
     device = pick_device(args.device)
     args.steps = args.steps or (10 if device.type == "cuda" and not args.tiny else 1)
-    table = Table("train_step", args, device, steps_per_round=args.steps, **common.ceilings(device, args.tiny))
+    table = Table("train_step", args, device, steps_per_round=args.steps, matmul_tflops=common.matmul_tflops(device, args.tiny))
     for batch in args.batches or ((2,) if args.tiny else (16, 64, 256) if device.type == "cuda" else (8,)):
-        race(args, common.settings_for(args, batch_size=batch, grad_accum_steps=1), device, table)
+        words = [*common.flags_for(args), f"--batch_size={batch}", "--grad_accum_steps=1"]
+        race(args, resolve(config, words).settings, device, table)
 
 
 FLAGS: common.Flags = {
@@ -266,7 +288,8 @@ FLAGS: common.Flags = {
     "variants": dict(nargs="*", choices=VARIANTS, default=[], help="ours, changed in one place"),
     "alone": dict(action="store_true", help="without ours as it is, which another run has measured"),
     "peers": dict(nargs="*", choices=PEERS, default=list(PEERS), help="other libraries (default: all)"),
-    "modes": dict(nargs="+", choices=MODES, default=list(MODES), help="how they run (default: both)"),
+    "draw": dict(nargs="*", choices=SAMPLERS, default=[], help=f"draw by {DRAWN} steps of these, and train nothing"),
+    "profile": dict(action="store_true", help="print the kernels of each, by their time"),
 }
 
 if __name__ == "__main__":

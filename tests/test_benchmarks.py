@@ -11,7 +11,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import config
-from benchmarks import common, gpu, gpu_train, pack, profile_step, sample, train_step
+from benchmarks import common, equal_time, gpu, gpu_train, pack, train_step
 from src import model as plain
 from src.data.tiny_imagenet import TinyImageNet
 from src.model import forward_gflop, parameter_count
@@ -84,7 +84,7 @@ def test_the_step_that_is_measured_is_the_one_that_train_py_takes(run, changes):
 
 def test_train_step_keeps_consistent_figures(bench):
     pytest.importorskip("diffusers")
-    names = ["ours", "ours, plain", "diffusers, script", "diffusers, best"]
+    names = ["ours", "ours, plain", "diffusers"]
     lines, said = bench(train_step, "--batches 2 3 --rounds 2 --cpu_time --variants plain --peers diffusers")
     assert [(line["batch"], line["name"]) for line in lines] == [(batch, name) for batch in (2, 3) for name in names]
     for line in lines:
@@ -155,20 +155,11 @@ def test_what_fails_is_named_and_the_others_keep_their_figures(bench):
     assert "ours, no-QuickNorm is left out: AssertionError: the step has no such modules" in said.err
 
 
-def test_sample_says_how_many_steps_it_measured(bench):
-    pytest.importorskip("diffusers")
-    lines, _ = bench(sample, "--samplers ddim dpm++ --most_steps 20 --modes best --rounds 1")
-    names = [(sampler, name) for sampler in ("ddim", "dpm++") for name in ("ours", "diffusers, best")]
-    assert [(line["sampler"], line["name"]) for line in lines] == names
-    assert [(line["steps"], line["steps_measured"]) for line in lines] == [(50, 20)] * 2 + [(20, 20)] * 2
-
-
-def test_profile_accounts_for_the_whole_step(bench):
-    lines, _ = bench(profile_step)
-    kinds = {line["name"].strip("*"): line["share"] for line in lines if line["section"] == "kind"}
-    assert kinds.pop("the step") == 1
-    assert sum(kinds.values()) == pytest.approx(1)
-    assert kinds["convolutions"] > 0.05 and kinds["optimizer, EMA, clipping"] > 0
+def test_drawing_is_measured_and_its_kernels_are_listed(bench, monkeypatch):
+    monkeypatch.setattr(train_step, "DRAWN", 2)
+    lines, said = bench(train_step, "--draw ddim dpm++ --rounds 1 --profile")
+    assert [line["name"] for line in lines] == [f"ours, 2 steps of {sampler}" for sampler in ("ddim", "dpm++")]
+    assert said.out.count("Self CPU time total") == 2 and "convolution" in said.out
 
 
 def test_gpu_keeps_what_each_row_printed_and_goes_on_with_the_first_that_is_not_done(bench, monkeypatch, tmp_path):
@@ -236,19 +227,20 @@ def test_what_travels_is_a_tiny_imagenet_of_the_classes_of_nature(tmp_path):
         assert (taken := TinyImageNet(tmp_path / "ten", split)).class_ids == pack.IDS and taken.labels == list(range(10))
 
 
-@pytest.mark.parametrize(
-    ("kernel", "kind"),
-    [
-        ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc", "convolutions"),
-        ("cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816wgrad_optimized_bf16_256x128>", "convolutions"),
-        ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NNT", "matmul, attention"),
-        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "matmul, attention"),
-        ("triton_red_fused__to_copy_convolution_native_group_norm_3", "norms, activations, elementwise"),
-        ("triton_tem_fused_convolution_7", "convolutions"),
-        ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor<float, 4>>", "optimizer, EMA, clipping"),
-        ("void cudnn::ops::nchwToNhwcKernel<__nv_bfloat16>", "copies, casts"),
-        ("Memcpy DtoD (Device -> Device)", "copies, casts"),
-    ],
-)
-def test_profile_tells_kernels_by_their_names(kernel, kind):
-    assert profile_step.kind_of(kernel) == kind
+def test_equal_time_trains_draws_and_judges_each_once(bench, run, monkeypatch, tmp_path, pictures):
+    for name in ("diffusers", "denoising_diffusion_pytorch"):
+        pytest.importorskip(name)
+    monkeypatch.setattr(equal_time, "limited", lambda seconds, words, **_: ended(run.start(*words[1:]), 0))
+    monkeypatch.setattr(equal_time, "in_process", equal_time.contend)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which it sets
+    flags = "--dataset folder --classes= --image_size 8 --unet_dim 8 --dim_mults 1 --attention_resolutions 0 --preview_steps 2"
+    flags += f" --cache_path {tmp_path} --output_path {tmp_path}"
+    words = f"--minutes 0.001 --count 12 --data_path {pictures} --train_flags='{flags}'"
+    names = [name + way for name in equal_time.PROGRAMS for way in ("", ", swapped")]
+    for _ in range(2):
+        lines, _ = bench(equal_time, words)
+        assert [line["name"] for line in lines] == names
+    for line in lines:
+        assert 0 < line["steps"] <= line["planned"] and line["pictures_seen"] == 2 * line["steps"]
+        assert (line["frechet, own sampler"] == line["frechet, dpm++"]) == (line["name"] in names[:2])
+    assert (tmp_path / "equal_time" / "sheet.png").exists()

@@ -1,0 +1,176 @@
+"""Which program draws best after equal time? Ours, diffusers and denoising-diffusion-pytorch ("lucidrains"), one core each.
+
+    python -m benchmarks.equal_time --minutes 60 --data_path data/tiny-imagenet-200
+
+Each trains a network of about 3M parameters on the pictures of `--preset nature` without labels: ours by train.py, peers as
+their own scripts do (benchmarks.train_step) with pictures from our cache. "swapped": with the learning rate and the average of
+ours, ours with those of diffusers. Some steps are timed first, so that a decaying rate ends with the minutes. Each draws by 20
+steps of our dpm++, peers also by the sampler that their authors recommend. benchmarks.judge gives the Frechet distances; those
+of unequal numbers of pictures do not compare. The same command goes on with the contestants that are missing, each a process of
+its own. OUTPUT_PATH/equal_time gets all pictures, and sheet.png with ten of each.
+"""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+import config
+from benchmarks import common
+from benchmarks.common import Args, Call, Table
+from benchmarks.gpu import limited
+from benchmarks.judge import STEPS, Judge
+from benchmarks.train_step import PEERS, UNETS, Step
+from src.dataset import DeviceImages, Images
+from src.diffusion import SCHEDULES, GaussianDiffusion
+from src.ema import EMA
+from src.model import parameter_count
+from src.noise import PictureNoise
+from src.runtime.build import build_batches, build_diffusion, build_model, open_images
+from src.runtime.checkpoint import TO_DRAW, load_checkpoint
+from src.runtime.settings import Settings, resolve
+from src.runtime.sheets import sheet
+from src.utils import save_png, to_uint8
+from train import learning_rate
+
+# Flags of train.py. Peers' networks are those of train_unconditional.py and of lucidrains' README, to scale, with last levels
+# that make them as large as ours. Other widths than multiples of 16 take twice the time on a CPU.
+PROGRAMS: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "diffusers": dict(unet_dim=16, dim_mults="1,1,2,4,5,5", num_res_blocks=2, attention_resolutions=4, batch_size=16),
+    "lucidrains": dict(unet_dim=16, dim_mults="1,2,4,10", batch_size=16),
+}
+SWAPPED = ", swapped"
+OURS_SWAPPED = dict(learning_rate=1e-4, warmup_steps=500, lr_schedule="cosine", ema_decay=0.9999)
+SPARE = 60  # seconds, beside the minutes, for the start of train.py and its last validation
+CPU = torch.device("cpu")
+
+
+def flags_of(args: Args, name: str) -> list[str]:
+    changes = PROGRAMS[name.split(",")[0]] | (OURS_SWAPPED if name == "ours" + SWAPPED else {})
+    return common.flags_for(args, preset="nature", class_conditional="false", data_path=args.data_path, **changes)
+
+
+def fitting(step: Call, minutes: float) -> int:
+    """How many steps fit into the minutes: a sixtieth of them is spent to find out."""
+    common.seconds_per_call(step, 1, CPU)  # takes memory
+    calls = max(1, int(minutes / common.seconds_per_call(step, 1, CPU)))
+    return max(1, int(60 * minutes / common.seconds_per_call(step, calls, CPU)))
+
+
+def train_ours(args: Args, s: Settings, words: list[str]) -> tuple[int, int, nn.Module]:
+    """Steps done and planned, and the network with the average of its weights."""
+    planned = fitting(Step(s, CPU, open_images(s, "train")), args.minutes)
+    with tempfile.TemporaryDirectory() as folder:
+        words += [f"--max_steps={planned}", "--val_every=100000", "--val_images=16", "--num_samples=1"]
+        words += [f"--{place}_path={folder}/{place}" for place in ("checkpoint", "output", "log")]
+        limited(60 * args.minutes + SPARE, [sys.executable, "train.py", *words], stdout=subprocess.DEVNULL)
+        state = load_checkpoint(Path(folder, "checkpoint", s.RUN, "latest.pth"), (*TO_DRAW, "step"))
+    model = build_model(s, 0)
+    model.load_state_dict(state["ema"])
+    return state["step"], planned, model
+
+
+def train_peer(args: Args, s: Settings, name: str) -> tuple[int, int, nn.Module]:
+    program, batches = name.split(",")[0], build_batches(s, DeviceImages(open_images(s, "train"), CPU))
+    rehearsal = PEERS[program](UNETS[program](s), s)
+    planned = fitting(lambda: rehearsal.step(batches(0, 0).x_0), args.minutes)
+    peer = PEERS[program](UNETS[program](s), s, planned)
+    if name.endswith(SWAPPED):
+        for group in peer.optimizer.param_groups:
+            group["initial_lr"] = s.LEARNING_RATE
+        rate = LambdaLR(peer.optimizer, lambda step: learning_rate(s, step, planned) / s.LEARNING_RATE)
+        ema = EMA(peer.module, s.EMA_DECAY)
+        peer = peer._replace(rate=rate, averaged=ema.model, update_average=lambda: ema.update(rate.last_epoch - 1))
+    end, step = time.monotonic() + 60 * args.minutes, 0
+    while step < planned and time.monotonic() < end:
+        peer.step(batches(step, 0).x_0)
+        step += 1
+    return step, planned, peer.averaged
+
+
+def draw(args: Args, s: Settings, program: str, network: Any) -> dict[str, Tensor]:
+    """Pictures by our dpm++ and by the peer's own sampler, each [--count, 3, S, S] uint8."""
+    predict, diffusion, own = network, build_diffusion(s), cast(Any, None)
+    if program == "diffusers":
+        from diffusers import DDPMPipeline, DDPMScheduler
+
+        steps = 2 if args.tiny else 1000
+        pipeline: Any = DDPMPipeline(network, DDPMScheduler())
+        own = partial(pipeline, num_inference_steps=steps, output_type="pt", return_dict=False)
+        predict, diffusion = lambda x, t, y: network(x, t).sample, GaussianDiffusion(s.TIME_STEPS, "linear", "eps")
+    if program == "lucidrains":
+        from denoising_diffusion_pytorch.denoising_diffusion_pytorch import sigmoid_beta_schedule
+
+        network.sampling_timesteps = 2 if args.tiny else 250
+        SCHEDULES["sigmoid"], own = sigmoid_beta_schedule, lambda count: [network.sample(count)]
+        predict, diffusion = lambda x, t, y: network.model(x, t), GaussianDiffusion(s.TIME_STEPS, "sigmoid", "v")
+    drawn: dict[str, list[Tensor]] = {"dpm++": [], "own sampler": []}
+    for rows in torch.arange(args.count).split(50):
+        noise = PictureNoise(0, rows.tolist(), (3, s.IMAGE_SIZE, s.IMAGE_SIZE), CPU)
+        drawn["dpm++"].append(diffusion.sample(predict, noise(0).shape, "dpm++", 20, noise=noise))
+        drawn["own sampler"] += [2 * own(len(rows))[0] - 1] if own else []
+    return {way: to_uint8(torch.cat(parts)) for way, parts in drawn.items() if parts}
+
+
+def contend(args: Args, name: str) -> dict[str, Any]:
+    """The row of a contestant."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    program, words, start = name.split(",")[0], flags_of(args, name), time.monotonic()
+    s = resolve(config, words).settings
+    steps, planned, network = train_ours(args, s, words) if program == "ours" else train_peer(args, s, name)
+    row: dict[str, Any] = {"name": name, "params_millions": parameter_count(network) / 1e6, "steps": steps, "planned": planned}
+    row |= {"pictures_seen": steps * s.BATCH_SIZE, "minutes_in_all": (time.monotonic() - start) / 60}
+    pictures = draw(args, s, program, network.eval().requires_grad_(False))
+    (folder := Path(s.OUTPUT_PATH, "equal_time")).mkdir(parents=True, exist_ok=True)
+    torch.save(pictures, folder / f"{name}.pt")
+    val, judge = open_images(s, "val"), Judge(open_images(s, "train"), Path(s.CACHE_PATH), 20 if args.tiny else STEPS)
+    real = torch.from_numpy(val[torch.linspace(0, len(val) - 1, args.count).long().numpy()])
+    for what, x in ({"own sampler": pictures["dpm++"]} | pictures | {"real validation pictures": real}).items():
+        images = Images(x.numpy(), torch.zeros(len(x)).long(), val.classes, val.class_ids, Path())
+        row[f"frechet, {what}"] = judge(images, has_labels=False)["frechet"]
+    return row
+
+
+def in_process(args: Args, name: str) -> dict[str, Any]:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(contend, args, name).result()
+
+
+def measure(args: Args) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the contestants
+    names, asked = [name + way for name in PROGRAMS for way in ("", SWAPPED)], dict(minutes=args.minutes, count=args.count)
+    folder = Path(resolve(config, flags_of(args, "ours")).settings.OUTPUT_PATH, "equal_time")
+    table = Table("equal_time", args, CPU, **asked)
+    done = {row["name"] for row in table.past() if asked.items() <= row.items()}
+    with ThreadPoolExecutor(args.jobs) as threads:
+        waiting = [name for name in names if name not in done or not (folder / f"{name}.pt").exists()]
+        list(threads.map(lambda name: table.add(**in_process(args, name)), waiting))  # raises what one of them raised
+    rows, titles = list[Tensor](), list[str]()
+    for name in names:
+        for way, images in torch.load(folder / f"{name}.pt", weights_only=True).items():
+            rows.append(images[:10])
+            titles += [name, way, *[""] * 8][: len(rows[-1])]
+    save_png(sheet(torch.cat(rows), titles, 10), folder / "sheet.png")
+
+
+FLAGS: common.Flags = {
+    "minutes": dict(type=float, default=60, help="of training, for each contestant (default: 60)"),
+    "data_path": dict(required=True, help="Tiny ImageNet, or its ten classes from benchmarks.pack"),
+    "count": dict(type=int, default=200, help="pictures drawn by each sampler (default: 200)"),
+    "jobs": dict(type=int, default=1, help="contestants at once, a core each (default: 1)"),
+}
+
+if __name__ == "__main__":
+    sys.exit(common.main("equal_time", __doc__, measure, FLAGS))
