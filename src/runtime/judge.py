@@ -1,6 +1,7 @@
 """What a run makes of its network every so often: the validation loss and best.pth, previews, and checkpoints to keep."""
 
 import math
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -48,6 +49,13 @@ class Judge:
         monitor.events.scalar(step, "loss/val", val_loss)
         monitor.events.scalar(step, "progress/epoch", epoch)
         monitor.bar.write(f"epoch {epoch}, step {step:,}: validation loss {val_loss:.5f}")
+        if val_loss > 2 * progress.best_loss:
+            best = shlex.quote(str(self.checkpoints.folder / "best.pth"))
+            monitor.bar.write(
+                f"Warning: that is {val_loss / progress.best_loss:.1f} times the lowest so far: the network has diverged, "
+                f"for good, or it learns its pictures by heart. To start anew from the best one, add --run again "
+                f"--init_from {best} --learning_rate {s.LEARNING_RATE / 2:g}"
+            )
         if is_due(s.SAMPLE_EVERY):
             with self.stop.postponed("preview"):
                 sheets = {name: self.preview(network) for name, network in self.networks.items()}

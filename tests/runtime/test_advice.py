@@ -76,6 +76,7 @@ def messages() -> Iterator[tuple[str, str]]:
 
 DECAY = "Either give the same --epochs and --max_steps; or decay over the new length with --accept_changes."
 WORKERS, CLASSES = "Try fewer with --num_workers, 0 for none.", "Choose more of them with --classes"
+ANEW = "To start anew from the best one, add --run again --init_from"
 # Advice -> words of the test that brings it about and types it, where these are not the words of the message.
 BROUGHT_ABOUT = {
     "with this --output_dir goes on": "Stopped at once. The pictures written so far",
@@ -96,7 +97,7 @@ BROUGHT_ABOUT = {
 def test_each_message_that_advises_is_in_a_test_or_in_the_table_of_faults():
     paths = [path for path in [*ROOT.glob("tests/**/*.py"), ROOT / "docs/reliability.md"] if path != Path(__file__)]
     tested = " ".join(re.sub(r"[\"'\\\s]+", " ", path.read_text(encoding="utf-8")) for path in paths)
-    tested += " ".join([DECAY, WORKERS, CLASSES, *(advice for _, _, advice, _ in ADVICE)])
+    tested += " ".join([DECAY, WORKERS, CLASSES, ANEW, *(advice for _, _, advice, _ in ADVICE)])
     found = [
         (file, text) for file, text in messages() if not re.match("with|where|on |--[a-z]+ and --[a-z]+$|which series", text)
     ]
@@ -129,3 +130,13 @@ def test_more_classes_train_where_the_chosen_ones_have_no_validation_picture(run
     settings = {"DATA_PATH": "data", "CACHE_PATH": "cache", "BATCH_SIZE": 1, "max_steps": 1}
     assert CLASSES in run.train(CLASSES="a", **settings, code=1).err
     run.train(CLASSES="a,b", **settings)
+
+
+def test_a_run_that_has_diverged_says_so_and_starts_again_from_its_best_network(run):
+    run.train(max_steps=10)
+    state = run.state() | {"best_loss": 0.01}
+    torch.save(state, run.folder / "checkpoints" / "latest.pth")
+    warning = run.train(max_steps=20).out.split("times the lowest so far: ")[1].splitlines()[0]
+    anew = warning.split(ANEW)[1].split()
+    assert anew[0].endswith("best.pth") and anew[1:] == ["--learning_rate", "0.0005"]
+    ended(run.start("train.py", *run.flags(max_steps=10), "--run", "again", "--init_from", *anew), 0)
