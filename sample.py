@@ -27,7 +27,7 @@ from src.progress import Bar, duration
 from src.runtime.device import describe
 from src.runtime.distributed import World
 from src.runtime.flags import PATH, TRUTH, FlagParser, Rows, command_line, kind, whole
-from src.runtime.folders import BESIDE, WHICH_CHECKPOINT, choose_checkpoint, next_folder, picture_folder, pictures_of
+from src.runtime.folders import BESIDE, WHICH_CHECKPOINT, next_folder, picture_folder, pictures_of
 from src.runtime.pipeline import HOW_TO_DRAW, WHICH_SERIES, Pipeline, tell
 from src.runtime.settings import KINDS
 from src.runtime.sheets import class_columns, save_gif, sheet
@@ -161,13 +161,12 @@ def draw(pipeline: Pipeline, flags: Namespace, out: Path, series: Series | Walk)
     """Draw the pictures that are missing in out/images, this process its part of them, and denoising.gif."""
     there, numbers = pictures_of(out / "images"), series.numbers
     gif = out / "denoising.gif"
-    is_wanted = flags.gif and isinstance(series, Series) and not gif.exists()
-    missing = [i for i in numbers if i not in there or (is_wanted and i < numbers[0] + flags.batch_size)]
+    frames: list[list[Tensor]] | None = [] if flags.gif and isinstance(series, Series) and not gif.exists() else None
+    missing = [i for i in numbers if i not in there or (frames is not None and i < numbers[0] + flags.batch_size)]
     seconds = pipeline.prepare(len(missing), flags.batch_size)
     how = f"{flags.sampler} in {count(pipeline.steps, 'step')}"
     print(f"drawing    {count(len(missing), 'picture')} by {how}: about {duration(seconds)}")
 
-    frames: list[list[Tensor]] | None = [] if is_wanted else None
     with writing(out, "--output_dir"), ThreadPoolExecutor(4) as pool:
         saving: Iterable = ()
         for batch, drawn in pipeline.series(missing, flags.batch_size, series.start, frames):
@@ -232,7 +231,6 @@ def save_npz(path: Path, pipeline: Pipeline, series: Series | Walk, there: dict[
 
 def sample(flags: Namespace, world: World) -> None:
     start = time.perf_counter()
-    choose_checkpoint(flags)
     pipeline = Pipeline(flags, world)
     series = (Walk if flags.interpolate else Series)(pipeline, flags)
     out = Path(flags.output_dir) if flags.output_dir else next_folder(Path("outputs", flags.run, "pictures"), world)

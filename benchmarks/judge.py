@@ -178,10 +178,9 @@ def spread_within(features: Tensor, labels: Tensor) -> float:
 
 def draw(args: Args) -> tuple[Pipeline, Images]:
     """--count pictures of the checkpoint by 20 steps of dpm++, their labels being those that they were drawn as."""
-    how = dict(
-        classes="all", sampler="dpm++", steps=20, spacing="logsnr", eta=0.0, weights="ema", precision="fp32", compile="false"
-    )
-    pipeline = Pipeline(SimpleNamespace(**how, **vars(args), typed=()))  # type: ignore[arg-type]  # Namespace or like it
+    how: dict[str, Any] = dict(run="", classes="all", sampler="dpm++", steps=20, spacing="logsnr", eta=0.0, weights="ema")
+    how |= dict(precision="fp32", compile="false", typed=())
+    pipeline = Pipeline(SimpleNamespace(**how, **vars(args)))  # type: ignore[arg-type]  # Namespace or like it
     if args.npz:
         with np.load(args.npz) as kept:
             pixels, labels = torch.from_numpy(kept["arr_0"]).permute(0, 3, 1, 2), torch.from_numpy(kept["arr_1"])

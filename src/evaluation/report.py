@@ -18,7 +18,6 @@ from src.progress import duration
 from src.runtime.build import open_images
 from src.runtime.device import describe, pick_device
 from src.runtime.distributed import World
-from src.runtime.folders import choose_checkpoint
 from src.runtime.pipeline import Pipeline
 from src.utils import FlagError, UserError, atomic_file, count, numbered, take_free, writing
 
@@ -36,7 +35,6 @@ class Evaluation:
         protocol = {"command": flags.command, "date": time.strftime("%Y-%m-%d %H:%M:%S %z"), "torch": str(torch.__version__)}
         own = {None, *SPLITS}  # what only a checkpoint can say
         if flags.nll or flags.loss or flags.nearest or flags.samples in own or flags.reference in own:
-            choose_checkpoint(flags)
             self.pipeline = pipeline = Pipeline(flags, world)
             given = {name: getattr(flags, name.lower()) for name in ("DATA_PATH", "CACHE_PATH", "LOG_PATH", "VAL_IMAGES")}
             s = self.settings = replace(pipeline.settings, **{name: value for name, value in given.items() if value})

@@ -32,9 +32,6 @@ class DamagedCheckpoint(UserError):
     """A checkpoint that is not as it was written. An older one may serve."""
 
 
-# --- what one writes the other restores -------------------------------------------------------------------
-
-
 @dataclass
 class Progress:
     """How far a run has come."""
@@ -120,8 +117,7 @@ def most_passes(s: Settings, last_step: int) -> int:
 
 
 def preview_size(s: Settings, last_step: int) -> tuple[int, int]:
-    """How many pictures a preview shows, and the passes of the network for each: for the raw weights and the average, at every
-    step, with guidance twice."""
+    """How many pictures a preview shows, and the passes for each: two networks at every step, with guidance twice."""
     passes = 2 * min(s.PREVIEW_STEPS, s.TIME_STEPS) * (1 if s.guidance in (0, 1) else 2)
     return max(1, min(s.NUM_SAMPLES, most_passes(s, last_step) // passes)), passes
 
@@ -198,9 +194,6 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         raise UserError(f"The checkpoint does not fit the network of src/model.py ({difference}). {advice}") from None
 
 
-# --- latest.pth: what a restart resumes from --------------------------------------------------------------
-
-
 def keep_previous(latest: Path) -> None:
     """Hard-link latest.pth to latest.previous.pth before replacing it, so that one older checkpoint is kept."""
     previous = latest.with_name("latest.previous.pth")
@@ -213,9 +206,8 @@ def keep_previous(latest: Path) -> None:
 
 
 def find_latest(folder: Path) -> dict[str, Any] | None:
-    """The state to resume from: latest.pth, or if that is damaged or gone the newest checkpoint that loads, with a
-    warning. None if there is no checkpoint. Raises UserError if there are some and none loads, or if latest.pth is whole but
-    not for this program."""
+    """The state to resume from: latest.pth, or if that is damaged or gone the newest checkpoint that loads, with a warning.
+    None if there is none. Raises UserError if none of them loads, or if latest.pth is whole but not for this program."""
     latest, steps, reasons = folder / "latest.pth", dict[Path, int](), list[UserError]()
     if latest.exists():
         try:

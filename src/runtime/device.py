@@ -27,12 +27,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """The device called `name`; "auto" is the first there is of CUDA, MPS, CPU. Raises FlagError where it is absent.
     local_rank: which process on this machine asks; each has a GPU to itself."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(device for device, is_there in there.items() if is_there)
-    if not there[name]:
-        found = ", ".join(device for device, is_there in there.items() if is_there)
-        raise FlagError(f"--device: got {name}, but torch {torch.__version__} finds only: {found}. Use --device auto.")
+    known = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = [device for device, is_there in known.items() if is_there]
+    name = there[0] if name == "auto" else name
+    if name not in there:
+        raise FlagError(f"--device: got {name}, but torch {torch.__version__} has only {', '.join(there)}. Use --device auto.")
     if name != "cuda":
         return torch.device(name)
     if local_rank >= torch.cuda.device_count():
@@ -53,8 +52,7 @@ def computes_in_bf16(device: torch.device) -> bool:
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype that autocast gives the network's matrix products. "auto" is bf16 if the hardware computes in it, else fp32.
-    Raises FlagError for fp16 on a CPU."""
+    """The dtype of matrix products under autocast: "auto" is bf16 if the hardware has it, else fp32. Raises FlagError."""
     if name == "fp16" and device.type == "cpu":
         raise FlagError("--precision fp16: the device is a CPU; allowed there are fp32 and bf16.")
     if name == "auto":

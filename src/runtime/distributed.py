@@ -76,8 +76,7 @@ class World:
 
     @contextlib.contextmanager
     def main_process_first(self) -> Iterator[None]:
-        """Run the block on the main process first, then on one process per machine, then on the rest. The later ones find
-        what the first have made."""
+        """Run the block on the main process, then on one per machine, then on the rest, which find what the first have made."""
         turn = 0 if self.is_main else 1 if self.local_rank == 0 else 2
         for _ in range(turn):
             self.barrier()

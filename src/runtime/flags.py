@@ -115,8 +115,7 @@ TRUTH |= {"nargs": "?", "const": True}  # --gif alone is --gif true
 
 
 def command_line(argv: Sequence[Any] | None, variable: str = "") -> list[str]:
-    """What was typed behind the name of the script, or what a notebook hands to its main(). variable: of the environment; its
-    flags come first. Raises FlagError."""
+    """The flags of an environment variable, then what was typed behind the script or handed to main(). Raises FlagError."""
     try:
         before = shlex.split(os.environ.get(variable, ""))
     except ValueError as error:  # a quote that is not closed
@@ -145,8 +144,7 @@ class FlagParser(argparse.ArgumentParser):
         self.add_argument_group("options").add_argument("--help", action="help", help="show this text and exit")
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """The flags, as `typed` the names of those that were typed, as `command` what was typed. Of two alike the last counts.
-        Raises FlagError."""
+        """The flags; typed: the names of those typed; command: the line. Of two alike the last counts. Raises FlagError."""
         words = ["--help" if word == "-h" else word for word in argv]  # as a flag, -h would catch -horizontal_flip
         flags, strangers = self.parse_known_args(words)
         for word in (stranger.partition("=")[0] for stranger in strangers):

@@ -1,5 +1,4 @@
-"""Runs by name, and which run owns a folder: one at a time on it, none among the previews and curves of another, and pictures
-that are all drawn alike."""
+"""Runs by name, and what a folder holds: one run at a time, no previews of another, pictures that are all drawn alike."""
 
 import contextlib
 import json
@@ -110,15 +109,14 @@ def claim(folder: Path, checkpoints: Path, saved_in: Path | None) -> None:
         owner = file.read_text(encoding="utf-8", errors="surrogateescape") if file.exists() else ours
         is_foreign = not file.exists() and not saved_in and any([*folder.glob("samples/*"), *folder.glob("events.out.*")])
     theirs = Path(os.path.normpath(folder / owner))
+    whose, way = "another run", ""
     if owner != ours:
+        whose, way = f"the run in {theirs}", f" To go on with that run, first move its files *.pth to {checkpoints}."
         is_theirs = theirs.resolve() not in [place.resolve() for place in (checkpoints, saved_in) if place]
         is_foreign = is_theirs and any(theirs.glob("*.pth"))  # none: their run is gone, else it would hold the folder
         if not is_foreign:
             print(f"note: {folder} had previews or curves of the run in {theirs}; from now on it belongs to this run")
     if is_foreign:
-        whose, way = "another run", ""
-        if owner != ours:
-            whose, way = f"the run in {theirs}", f" To go on with that run, first move its files *.pth to {checkpoints}."
         advice = "Give this run a name: --run NAME keeps its checkpoints, outputs and logs apart."
         raise UserError(f"{folder} holds previews or curves of {whose}. {advice}{way}")
     with atomic_file(file) as part:

@@ -72,8 +72,7 @@ class Judge:
             self.checkpoints.save(f"epoch_{epoch:03}")
 
     def preview(self, network: nn.Module) -> Tensor:
-        """A sheet of NUM_SAMPLES pictures, of fewer if the run has a handful of steps, always from the same noise: those of
-        `sample.py --seed SEED`. [3, H, W] uint8."""
+        """A sheet of NUM_SAMPLES pictures, fewer in a short run, always those of `sample.py --seed SEED`: [3, H, W] uint8."""
         s, device, classes = self.s, self.diffusion.signal.device, self.checkpoints.classes
         shape, steps = (s.CHANNELS, s.IMAGE_SIZE, s.IMAGE_SIZE), min(s.PREVIEW_STEPS, s.TIME_STEPS)
         number, _ = preview_size(s, self.checkpoints.progress.last_step)

@@ -90,8 +90,7 @@ class _QuickNorm(torch.autograd.Function):
 
 
 class FormulaAttention(plain.Attention):
-    """Attention by its formula while training: the backward pass of the CPU's fused kernel takes 2 to 4 times as long in
-    bf16 (64 to 256 tokens)."""
+    """Attention by its formula while training: on a CPU the fused kernel's backward pass takes 2 to 4 times as long in bf16."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if not q.requires_grad:

@@ -55,6 +55,7 @@ class Pipeline:
     def __init__(self, flags: Namespace, world: World = World()):
         if flags.eta and flags.sampler != "ddim":
             raise FlagError(f"--eta: got {flags.eta:g} with --sampler {flags.sampler}; only --sampler ddim takes it.")
+        choose_checkpoint(flags)
         self.world = world
         weights = "ema" if flags.weights == "ema" else "model"
         state = load_checkpoint(Path(flags.checkpoint), (*TO_DRAW, weights), mmap=True)
@@ -118,8 +119,7 @@ class Pipeline:
         return about | ({"guidance": self.guidance, "classes": self.labels} if self.labels else {})
 
     def seconds_per_call(self, pictures: int, batch_size: int) -> float:
-        """Time of the network for one picture in a batch of the usual size. On a CPU where that would take seconds, in one of
-        four at most."""
+        """Time of the network for one picture in a batch of the usual size, of four on a CPU where that takes seconds."""
         usual = min(batch_size, pictures)
         batch = usual if self.device.type == "cuda" else min(usual, 4)
         seconds = self.seconds_of(batch)
@@ -148,8 +148,7 @@ class Pipeline:
             self.network = compiled(self.network)
 
     def prepare(self, pictures: int, batch_size: int) -> float:
-        """Compile the network if drawing so many pictures pays for that. Returns how many seconds all processes together
-        take to draw them."""
+        """Compile the network if drawing so many pictures pays for that. Returns how many seconds the processes take."""
         if not pictures:
             return 0.0
         batches, calls_per_picture = -(-pictures // batch_size), self.steps * (1 if self.guidance in (0, 1) else 2)
@@ -165,9 +164,8 @@ class Pipeline:
 
     def series(self, indices: Sequence[int], batch_size: int, start: Start, frames: list | None = None) -> Iterator[tuple]:
         """This process's part of the pictures number `indices`, batch by batch: (their numbers, [B, C, S, S] uint8).
-        start: what the pictures of these numbers start from, as the method above has it.   frames: a list that gets the first
-        images of the first batch on their way: a pair (x_t, the x_0 predicted) of [at most 16, C, S, S] uint8 for each frame
-        of denoising.gif."""
+        start: what pictures start from, as the method above says.   frames: a list that gets the first images of the first
+        batch on their way: a pair (x_t, the x_0 predicted) of [at most 16, C, S, S] uint8 for each frame of denoising.gif."""
         firsts = self.world.shard(range(0, len(indices), batch_size))
         with Bar(total=len(firsts) * self.steps, unit="step", disable=not self.world.is_main) as bar:
             for first in firsts:

@@ -52,8 +52,7 @@ def check_length(saved: Mapping[str, Any] | None, settings: Settings, last_step:
 
 
 def check_data(saved: Mapping[str, Any], settings: Settings, data: Mapping[str, Images], accept_changes: bool) -> None:
-    """Refuse to resume on other images or classes, or say how many there were and are. An older checkpoint does not know its
-    own images."""
+    """Refuse to resume on other images or classes, or say how many there were. Older checkpoints do not know their images."""
     now, has_others = fingerprints(data), not same_classes(saved["classes"], data["train"].classes)
     before, own = saved.get("data", now), saved["config"].CLASSES
     counts = {split: (before[split]["images"], now[split]["images"]) for split in now if before[split] != now[split]}
@@ -70,8 +69,6 @@ def check_data(saved: Mapping[str, Any], settings: Settings, data: Mapping[str, 
     if changed:
         print(f"note: going on with other images ({changed}); epochs, also those done, count passes over the new ones")
 
-
-# --- the weights of another run ---------------------------------------------------------------------------
 
 # What --init_from takes from its checkpoint where it was not typed: the shape of the network and what it learned to predict.
 NETWORK = {"UNET_DIM", "DIM_MULTS", "NUM_RES_BLOCKS", "ATTENTION_RESOLUTIONS", "IMAGE_SIZE", "CHANNELS"}

@@ -99,8 +99,7 @@ class Run(NamedTuple):
     init_from: str | None = None  # checkpoint whose weights a new run starts from
 
     def limit(self, steps_per_epoch: int) -> tuple[int, str]:
-        """The last optimizer step, and the setting that makes it the last. A typed --max_steps beats EPOCHS, unless --epochs
-        was typed as well and ends earlier."""
+        """The last optimizer step, and what sets it. A typed --max_steps beats EPOCHS, unless typed --epochs end earlier."""
         steps = self.settings.EPOCHS * steps_per_epoch
         if self.max_steps is None or ("EPOCHS" in self.typed and steps < self.max_steps):
             return steps, f"EPOCHS {self.settings.EPOCHS}"

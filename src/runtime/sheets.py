@@ -39,8 +39,7 @@ def zoom_of(wide: int) -> int:
 
 def sheet(images: Tensor, names: Sequence[str] = (), columns: int | None = None, zoom: int | None = None) -> Tensor:
     """All images in one, enlarged, each with its name below where there are names: [3, H, W] uint8.
-    images: [B, C, H, W] uint8.   columns: None makes it nearly square, in full rows if possible.   zoom: every pixel becomes
-    zoom x zoom of them; None: zoom_of."""
+    images: [B, C, H, W] uint8.   columns: None: nearly square, in full rows if possible.   zoom: of a pixel; None: zoom_of."""
     root, wide = math.ceil(math.sqrt(len(images))), images.shape[3]
     full_rows = (width for width in range(root, 3 * root // 2) if len(images) % width == 0)
     columns, zoom = min(columns or next(full_rows, root), len(images)), zoom or zoom_of(wide)

@@ -19,8 +19,7 @@ SIGNALS = [getattr(signal, f"SIG{name}") for name in ("INT", "TERM", "HUP", "USR
 class StopRequest:
     """Inside `with StopRequest() as stop:` a signal sets stop.signal and raises KeyboardInterrupt at once. Inside
     `with stop.postponed("step"):` it only sets stop.signal, which the loop there reads, and says what is being finished; a
-    second Ctrl-C raises. A signal that the parent process ignores stays ignored, as under nohup. Outside the main thread
-    nothing is changed."""
+    second Ctrl-C raises. What the parent process ignores stays ignored, as under nohup. Other threads get no handlers."""
 
     signal: int | None = None
     task: str = ""  # what a signal has to wait for; "" if nothing
