@@ -81,16 +81,11 @@ def read_flags(argv: Sequence[str]) -> Namespace:
     return flags
 
 
-# --- drawing ----------------------------------------------------------------------------------------------
-
-
 class Series:
     """Pictures in a row, from --start_index on, one of each class, then again.
-
     numbers: of the pictures.   about: what they depend on, beside the settings.   label(i): the class of picture i.
     start: as Pipeline.series takes it.   sheet, columns, shown: its file and what is in it, None for all pictures.
-    caption(i): what stands below picture i.
-    """
+    caption(i): what stands below picture i."""
 
     sheet = "grid.png"
 
@@ -159,8 +154,7 @@ class Walk:
 
 def draw(pipeline: Pipeline, flags: Namespace, out: Path, series: Series | Walk) -> None:
     """Draw the pictures that are missing in out/images, this process its part of them, and denoising.gif."""
-    there, numbers = pictures_of(out / "images"), series.numbers
-    gif = out / "denoising.gif"
+    there, numbers, gif = pictures_of(out / "images"), series.numbers, out / "denoising.gif"
     frames: list[list[Tensor]] | None = [] if flags.gif and isinstance(series, Series) and not gif.exists() else None
     missing = [i for i in numbers if i not in there or (frames is not None and i < numbers[0] + flags.batch_size)]
     seconds = pipeline.prepare(len(missing), flags.batch_size)

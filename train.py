@@ -11,6 +11,7 @@ if __name__ == "__main__":
 import contextlib
 import math
 import sys
+import time
 from collections.abc import Sequence
 
 import torch
@@ -109,7 +110,7 @@ def due(s: Settings, world: World, stop: StopRequest, device: torch.device, chec
     progress = checkpoints.progress
     judges = progress.is_done or progress.step % (s.VAL_EVERY * progress.steps_per_epoch) == 0
     logs = progress.step % s.LOG_EVERY == 0
-    wants_save = stop.signal is not None or checkpoints.is_due(s.SAVE_MINUTES)
+    wants_save = stop.signal is not None or 0 < 60 * s.SAVE_MINUTES < time.monotonic() - checkpoints.saved_at
     may_ask = judges or logs or device.type == "cpu" or world.size == 1
     return judges, logs, judges or (may_ask and any(world.max(wants_save)))
 

@@ -54,10 +54,7 @@ class Progress:
 class Checkpoints:
     """The checkpoints of a run in their folder. A new part of the run is one entry in `parts`. The noise and the order of the
     images follow from SEED and step, so no state of a random generator is kept.
-
-    data: {"train": images, "val": images}.   parts: {name: object with state_dict and load_state_dict}.
-    saved: the checkpoint to restore them from, or None.
-    """
+    data: {"train": images, "val": images}.   parts: {name: object with state_dict and load_state_dict}.   saved: to restore."""
 
     def __init__(self, s: Settings, world: World, data: dict[str, Images], progress: Progress, parts: dict, saved: dict | None):
         self.folder, self.world, self.progress, self.parts = s.folder("CHECKPOINT_PATH"), world, progress, parts
@@ -77,10 +74,6 @@ class Checkpoints:
         if why := other_measure(saved, s, self.about):
             print(f"note: best.pth is chosen anew: the lowest validation loss so far, {progress.best_loss:.5f}, {why}")
             progress.best_loss = float("inf")
-
-    def is_due(self, minutes: float) -> bool:
-        """Whether the last save is more than so many minutes ago; 0 is never."""
-        return 0 < minutes * 60 < time.monotonic() - self.saved_at
 
     def save(self, name: str) -> None:
         """Write NAME.pth, whole. Raises UserError if the disk is full or fails; the file that stood there stays."""

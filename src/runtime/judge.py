@@ -42,8 +42,7 @@ class Judge:
             return progress.is_done or epoch // every > (epoch - s.VAL_EVERY) // every
 
         with self.stop.postponed("validation"):
-            batches = monitor.track("validation", self.val_batches)
-            val_loss = validate(self.world, self.diffusion, self.networks["ema"], batches)
+            val_loss = validate(self.world, self.diffusion, self.networks["ema"], monitor.track("validation", self.val_batches))
         if not math.isfinite(val_loss):
             raise FloatingPointError(f"The validation loss after step {step:,} is not finite")
         monitor.events.scalar(step, "loss/val", val_loss)

@@ -40,8 +40,7 @@ class Meter:
 
     def add(self, losses: Tensor, t: Tensor) -> None:
         """losses: [B] float32.   t: [B] int64."""
-        quarter = t * 4 // self.time_steps
-        self.sums.index_add_(1, quarter, torch.stack(finite(losses.detach())))
+        self.sums.index_add_(1, t * 4 // self.time_steps, torch.stack(finite(losses.detach())))
 
     def add_norm(self, norm: Tensor, step: int) -> Tensor:
         """norm: of the gradient of step number `step`. Returns 1.0 if it is not finite, else 0.0, on the device: what fused
@@ -95,8 +94,7 @@ class EventFile:
         with writing(folder, "--log_path"):
             if is_main:
                 make_folders(folder)
-            file = open(folder / name if is_main else os.devnull, "wb")  # noqa: SIM115 (the user closes it)
-        self.records = RecordWriter(file)
+            self.records = RecordWriter(open(folder / name if is_main else os.devnull, "wb"))  # noqa: SIM115 (its user closes it)
         self.write(file_version="brain.Event:2")
         if purge_step:
             self.write(step=purge_step, session_log=SessionLog(status=SessionLog.START))

@@ -159,8 +159,7 @@ class Pipeline:
 
     def start(self, seed: int, indices: Sequence[int]) -> tuple[Noise, Tensor | None, Model]:
         """What pictures number `indices` of the series `seed` start from: their noise, their classes, and the network."""
-        y = self.to_y([self.label(i) for i in indices])
-        return PictureNoise(seed, indices, self.shape, self.device), y, self.network
+        return PictureNoise(seed, indices, self.shape, self.device), self.to_y([*map(self.label, indices)]), self.network
 
     def series(self, indices: Sequence[int], batch_size: int, start: Start, frames: list | None = None) -> Iterator[tuple]:
         """This process's part of the pictures number `indices`, batch by batch: (their numbers, [B, C, S, S] uint8).

@@ -14,10 +14,9 @@ from src.utils import UserError
 
 # What a resumed run may change freely: where things are, how fast, how often, how long. (check_data compares classes.)
 FREE = {
-    *("DATA_PATH", "DATA_URL", "DATA_SIZE", "DATA_MD5", "CACHE_PATH", "CHECKPOINT_PATH", "OUTPUT_PATH", "LOG_PATH"),
-    *("NUM_WORKERS", "PRECISION", "COMPILE", "DEVICE", "ACTIVATION_CHECKPOINTING", "RUN", "PREVIEW_GUIDANCE", "CLASSES"),
+    *("DATA_PATH", "DATA_URL", "DATA_SIZE", "DATA_MD5", "SKIP_DAMAGED", "CHECKPOINT_PATH", "OUTPUT_PATH", "LOG_PATH", "RUN"),
+    *("CACHE_PATH", "NUM_WORKERS", "PRECISION", "COMPILE", "DEVICE", "ACTIVATION_CHECKPOINTING", "PREVIEW_GUIDANCE", "CLASSES"),
     *("EPOCHS", "NUM_SAMPLES", "PREVIEW_STEPS", "VAL_EVERY", "SAVE_EVERY", "SAVE_MINUTES", "SAMPLE_EVERY", "LOG_EVERY"),
-    "SKIP_DAMAGED",
 }
 # What changes the experiment but leaves the weights and the count of epochs meaningful: with --accept_changes.
 TUNABLE = {

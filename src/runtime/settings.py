@@ -107,12 +107,9 @@ class Run(NamedTuple):
 
 
 def resolve(config: ModuleType, argv: Sequence[str], dataset_names: Any = None, network_of: Any = None) -> Run:
-    """Settle every setting: a flag beats a preset, a preset the network of --init_from, that the dataset's row of SOURCES, and
-    that the constant. `--help` prints and exits.
-
+    """Settle every setting: a flag beats a preset, a preset the network of --init_from, that SOURCES, and that the constant.
     argv: the words behind `train.py`.   dataset_names: what DATASET may be; None leaves that unchecked.
-    network_of: (folder of the run, checkpoint of --init_from) -> the settings that shape the network; None: no such settings.
-    """
+    network_of: (folder of the run, checkpoint of --init_from) -> the settings that shape the network; None: there are none."""
     constants, presets, sources = read_config(config)
     flags = vars(train_flags(config, constants, presets, sources).parse(argv))
     of_run = {name: flags[name] for name in Run._fields if name in flags["typed"]}

@@ -63,8 +63,7 @@ def save_gif(frames: Sequence[Tensor], path: Path, seconds: float = 4.0) -> None
     pause = max(20, round(1000 * seconds / len(frames)))  # ms; browsers slow down anything under 20
     first, *others = [to_pil(frame) for frame in frames]
     with atomic_file(path) as file:
-        durations = [pause] * len(others) + [1500]
-        first.save(file, format="GIF", save_all=True, append_images=others, duration=durations, loop=0)
+        first.save(file, format="GIF", save_all=True, append_images=others, duration=[pause] * len(others) + [1500], loop=0)
 
 
 # --- fonts ----------------------------------------------------------------------------------------------
