@@ -108,7 +108,7 @@ def due(s: Settings, world: World, stop: StopRequest, device: torch.device, chec
     """Whether to judge, to log and to save after the step just done. A signal and the clock may reach one process alone, and
     all must save together: several GPUs agree on that where they wait for each other in any case."""
     progress = checkpoints.progress
-    judges = progress.is_done or progress.step % (s.VAL_EVERY * progress.steps_per_epoch) == 0
+    judges = progress.step == progress.last_step or progress.step % (s.VAL_EVERY * progress.steps_per_epoch) == 0
     logs = progress.step % s.LOG_EVERY == 0
     wants_save = stop.signal is not None or 0 < 60 * s.SAVE_MINUTES < time.monotonic() - checkpoints.saved_at
     may_ask = judges or logs or device.type == "cpu" or world.size == 1

@@ -46,10 +46,6 @@ class Progress:
         """Epochs done."""
         return self.step // self.steps_per_epoch
 
-    @property
-    def is_done(self) -> bool:
-        return self.step == self.last_step
-
 
 class Checkpoints:
     """The checkpoints of a run in their folder. A new part of the run is one entry in `parts`. The noise and the order of the

@@ -39,7 +39,7 @@ class Judge:
         step, epoch, ends_epoch = progress.step, progress.epoch, progress.step % progress.steps_per_epoch == 0
 
         def is_due(every: int) -> bool:  # whether a multiple of so many epochs lies after the last validation
-            return progress.is_done or epoch // every > (epoch - s.VAL_EVERY) // every
+            return step == progress.last_step or epoch // every > (epoch - s.VAL_EVERY) // every
 
         with self.stop.postponed("validation"):
             val_loss = validate(self.world, self.diffusion, self.networks["ema"], monitor.track("validation", self.val_batches))

@@ -72,11 +72,6 @@ class StopRequest:
         self.signal = world.max(self.signal or 0)[0] or None
         return self.signal is not None
 
-    @property
-    def exit_code(self) -> int:
-        """128 + the signal, as shells report it: 130 for Ctrl-C, 143 for SIGTERM, 138 for SIGUSR1 on Linux."""
-        return 128 + self.signal if self.signal else 0
-
 
 def run_script(name: str, body: Callable[[StopRequest], None], stopped: str) -> int:
     """Run the body of a script and return its exit code: 0, 2 for flags, 1 for other errors of the user, 128 + the signal.
@@ -89,7 +84,7 @@ def run_script(name: str, body: Callable[[StopRequest], None], stopped: str) -> 
         try:
             with stop:  # inside: a third Ctrl-C, amid the message below, ends without a traceback
                 body(stop)
-            return stop.exit_code
+            return 128 + stop.signal if stop.signal else 0  # as shells report it: 143 for SIGTERM
         except SystemExit as end:  # of --help
             return int(end.code or 0)
         except UserError as error:
@@ -106,7 +101,7 @@ def run_script(name: str, body: Callable[[StopRequest], None], stopped: str) -> 
         except FloatingPointError as error:
             message, code = f"{error}. Try --precision fp32; if that does not help, the weights are damaged or diverged.", 1
         except KeyboardInterrupt:
-            message, code = stopped, stop.exit_code or 130
+            message, code = stopped, 128 + (stop.signal or signal.SIGINT)
         rank = 0
         with contextlib.suppress(UserError):  # which is the message then
             rank = from_environment().rank
