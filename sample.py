@@ -26,7 +26,7 @@ from src.noise import PictureNoise, slerp
 from src.progress import Bar, duration
 from src.runtime.device import describe
 from src.runtime.distributed import World
-from src.runtime.flags import PATH, TRUTH, FlagParser, Rows, command_line, kind, whole
+from src.runtime.flags import PATH, TRUTH, FlagParser, Rows, command_line, kind, print_idle, whole
 from src.runtime.folders import BESIDE, WHICH_CHECKPOINT, next_folder, picture_folder, pictures_of
 from src.runtime.pipeline import HOW_TO_DRAW, WHICH_SERIES, Pipeline, tell
 from src.runtime.settings import KINDS
@@ -225,6 +225,7 @@ def save_npz(path: Path, pipeline: Pipeline, series: Series | Walk, there: dict[
 
 def sample(flags: Namespace, world: World) -> None:
     start = time.perf_counter()
+    print_idle(flags.typed, {"without --output_dir": ("overwrite", not flags.output_dir)})
     pipeline = Pipeline(flags, world)
     series = (Walk if flags.interpolate else Series)(pipeline, flags)
     out = Path(flags.output_dir) if flags.output_dir else next_folder(Path("outputs", flags.run, "pictures"), world)
@@ -248,6 +249,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         stop.out_of_memory = "Out of memory. Use a smaller --batch_size; it changes no picture."
         flags = read_flags(command_line(argv))
         if flags.about:
+            others = sorted(flags.typed - {"about", "run", "checkpoint"})
+            print_idle(flags.typed, {"with --about": (" ".join(others), True)})
             config = None
             with contextlib.suppress(Exception):  # of any kind: it is the user's file
                 config = import_module("config")

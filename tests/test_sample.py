@@ -118,7 +118,8 @@ def test_a_sheet_of_the_first_pictures_says_so(run, sample):
 
 def test_without_output_dir_each_call_gets_the_next_number(run, trained):
     words = ["--checkpoint", trained.folder / "checkpoints" / "best.pth", "--num_samples", 1, "--steps", 2]
-    assert "outputs/pictures/001" in run.sample(*words).out
+    said = run.sample(*words, "--overwrite").out
+    assert "outputs/pictures/001" in said and "note: --overwrite has no effect without --output_dir" in said
     (run.folder / "outputs/pictures/007").mkdir()
     assert "outputs/pictures/008" in run.sample(*words).out
     assert "outputs/mine/pictures/001" in run.sample(*words, "--run", "mine").out
@@ -250,6 +251,7 @@ def test_the_labels_of_a_walk_are_those_of_its_nearer_ends(run, sample):
         ("--interpolate 1:2,3 --seed 1", ["num_samples"]),
         ("--spacing even --steps 50", ["spacing has no effect where all 50 steps are taken"]),
         ("--run mine --spacing even", ["run has no effect with --checkpoint and --output_dir"]),
+        ("--about --zoom 2", ["device", "num_samples", "output_dir", "precision", "steps", "zoom has no effect with --about"]),
         ("--eta 0 --guidance 1 --classes all --compile false --gif false", []),
     ],
 )
