@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-import src.dataset
 from src.data.cache import Images
 from src.dataset import DeviceImages, TrainBatches, ValidationBatches, normalise, prepare
 from tests.runs import same
@@ -138,7 +137,3 @@ def test_images_on_the_gpu_and_in_the_mapped_file_give_the_same_batch(shapes):
     for images in (resident, mapped):
         x_0, y = images.batch(rows, flip)
         assert torch.equal(x_0.cpu(), expected) and torch.equal(y.cpu(), labels)
-
-
-def test_the_self_test_passes():
-    src.dataset.test_dataset()

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-import src.diffusion
 from src.diffusion import PREDICTIONS, SCHEDULES, GaussianDiffusion, at, cosine_betas, linear_betas
 
 LENGTHS = (10, 50, 100, 250, 1000, 4000)
@@ -290,7 +289,3 @@ def test_the_gradient_reaches_the_network_from_the_training_loss_alone():
 def test_what_cannot_be_is_refused_with_what_can(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         GaussianDiffusion(**options)
-
-
-def test_the_self_test_passes():
-    src.diffusion.test_diffusion()

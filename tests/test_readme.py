@@ -68,6 +68,7 @@ def results(clone, zygote) -> dict[str, tuple[int, str]]:
 @pytest.mark.slow
 def test_every_command_works_in_the_order_of_the_page(results):
     assert len(results) >= 30 and {"train.py", "sample.py", "evaluate.py", "export.py"} <= set(" ".join(results).split())
+    assert all(f"test_{name}()" in " ".join(results) for name in ("dataset", "model", "diffusion")), "the self-tests"
     failed = {command: said for command, (code, said) in results.items() if code or "Traceback" in said}
     assert not failed, "\n\n".join(f"{command}\n{said}" for command, said in failed.items())
 
