@@ -1,4 +1,4 @@
-"""What the benchmarks share: flags, timing in turns, the machine and its ceiling, FLOPs, and a table that is kept as JSON."""
+"""What the benchmarks share: flags, a clock, the machine and its ceiling, FLOPs, and a table that is kept as JSON."""
 
 import argparse
 import json
@@ -24,21 +24,18 @@ from src.runtime.signals import run_script
 
 Args = argparse.Namespace
 Call = Callable[[], object]
-Flags = Mapping[str, Mapping[str, Any]]  # name: arguments of add_argument
 clock = time.perf_counter  # or --cpu_time
 
 # For --tiny: every kind of layer that the default network has, in a size that takes a CPU milliseconds.
 TINY = "--image_size 16 --unet_dim 32 --dim_mults 1,2 --num_res_blocks 1 --attention_resolutions 8 --batch_size 2"
 
 
-def main(name: str, doc: str | None, measure: Callable[[Args], None], flags: Flags) -> int:
-    """Read the flags and measure. Returns the exit code. Errors and memory pages are those of train.py."""
+def main(name: str, doc: str | None, measure: Callable[[Args], None], flags: Mapping[str, Any]) -> int:
+    """Read the flags, name -> arguments of add_argument, and measure. Returns the exit code. Errors are those of train.py."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     parser.add_argument("--tiny", action="store_true", help="a small network and little work, to see that it runs")
-    parser.add_argument(
-        "--cpu_time", action="store_true", help="count CPU seconds: for a machine in use, with OMP_NUM_THREADS=1"
-    )
+    parser.add_argument("--cpu_time", action="store_true", help="count CPU seconds: on a busy machine, with OMP_NUM_THREADS=1")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="folder of the JSON lines")
     parser.add_argument("--train_flags", default="", help="flags of train.py in one string: --train_flags='--unet_dim 64'")
     for flag, options in flags.items():
@@ -70,15 +67,6 @@ def seconds_per_call(call: Call, calls: int, device: torch.device) -> float:
     return (clock() - start) / calls
 
 
-def in_turns(contestants: Mapping[str, Call], rounds: int, calls: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds per call of each contestant in each round. Every other round goes backwards: a drift of the machine cancels."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(rounds):
-        for name in list(contestants)[:: -1 if turn % 2 else 1]:
-            seconds[name].append(seconds_per_call(contestants[name], calls, device))
-    return seconds
-
-
 def spread(name: str, values: Sequence[float], others: Sequence[float] = ()) -> dict[str, Any]:
     """{name: median, name_quartiles: [lower, upper]} of the values, or of their ratios to others round by round: a slow
     round is slow for both."""
@@ -103,12 +91,6 @@ def matmul_tflops(device: torch.device, tiny: bool) -> float:
     return 2 * side**3 / min(seconds_per_call(lambda: a @ a, 1, device) for _ in range(11)) / 1e12
 
 
-def hardware(device: torch.device) -> str:
-    cpus = Path("/proc/cpuinfo")  # Linux only
-    found = re.search(r"model name\s*: (.*)", cpus.read_text()) if device.type == "cpu" and cpus.exists() else None
-    return found[1] if found else describe(device)
-
-
 def curve(folder: Path, tag: str) -> list[tuple[int, float]]:
     """(step, value) of each point that train.py drew, in its folder of TensorBoard events."""
     events = EventAccumulator(str(folder))
@@ -116,25 +98,23 @@ def curve(folder: Path, tag: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events.Scalars(tag)] if found else []
 
 
-def commit() -> str:
-    """The commit of this working tree, with "-dirty" if files differ from it. Without git, the environment variable COMMIT."""
-    shell = subprocess.getoutput
-    changes = shell("git status --porcelain -- . ':!benchmarks/results' 2>/dev/null")  # results do not change what is measured
-    return shell("git rev-parse --short HEAD 2>/dev/null || echo ${COMMIT:-unknown}") + ("-dirty" if changes else "")
-
-
 class Table:
     """Rows of figures. `add` prints each and appends it to results/NAME.jsonl, so that a run that is cut short keeps what it
-    has. about: figures that hold for all rows."""
+    has. about: figures that hold for all rows. Where there is no git, the environment variable COMMIT names the commit."""
 
     def __init__(self, name: str, args: Args, device: torch.device, **about: Any):
         self.path, self.columns = args.results / f"{name}.jsonl", list[str]()
+        args.results.mkdir(parents=True, exist_ok=True)
+        cpus = Path("/proc/cpuinfo").read_text() if device.type == "cpu" and sys.platform == "linux" else ""
+        cpu = re.search(r"model name\s*: (.*)", cpus)
+        commit = subprocess.getoutput("git rev-parse --short HEAD 2>/dev/null || echo ${COMMIT:-unknown}")
+        changes = subprocess.getoutput("git status --porcelain -- . ':!benchmarks/results' 2>/dev/null")  # but for the figures
         self.about = {
             "command": shlex.join(["python", *sys.orig_argv[1:]]),
-            "hardware": hardware(device),
+            "hardware": cpu[1] if cpu else describe(device),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
-            "commit": commit(),
+            "commit": commit + "-dirty" * bool(changes),
             "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
             "tiny": args.tiny,
             **about,
@@ -147,7 +127,6 @@ class Table:
         return [row for row in map(json.loads, lines) if all(row[fact] == self.about[fact] for fact in facts)]
 
     def add(self, **row: Any) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a") as file:
             file.write(json.dumps(self.about | row) + "\n")
         if list(row) != self.columns:

@@ -2,12 +2,9 @@
 
     python -m benchmarks.equal_time --minutes 60 --data_path data/tiny-imagenet-200
 
-Each trains a network of about 3M parameters on the pictures of `--preset nature` without labels: ours by train.py, peers as
-their own scripts do (benchmarks.train_step) with pictures from our cache. "swapped": with the learning rate and the average of
-ours, ours with those of diffusers. Some steps are timed first, so that a decaying rate ends with the minutes. Each draws by 20
-steps of our dpm++, peers also by the sampler that their authors recommend. benchmarks.judge gives the Frechet distances; those
-of unequal numbers of pictures do not compare. The same command goes on with the contestants that are missing, each a process of
-its own. OUTPUT_PATH/equal_time gets all pictures, and sheet.png with ten of each.
+docs/recipes.md says how each trains and draws. "swapped": with the learning rate and the average of ours, ours with those of
+diffusers. The same command goes on with the contestants that are missing, each a process of its own. OUTPUT_PATH/equal_time
+gets all pictures, and sheet.png with ten of each.
 """
 
 import multiprocessing
@@ -29,9 +26,9 @@ import config
 from benchmarks import common
 from benchmarks.common import Args, Call, Table
 from benchmarks.gpu import limited
-from benchmarks.judge import STEPS, Judge
+from benchmarks.judge import Judge
 from benchmarks.train_step import PEERS, UNETS, Step
-from src.dataset import DeviceImages, Images
+from src.dataset import DeviceImages
 from src.diffusion import SCHEDULES, GaussianDiffusion
 from src.ema import EMA
 from src.model import parameter_count
@@ -52,7 +49,6 @@ PROGRAMS: dict[str, dict[str, Any]] = {
 }
 SWAPPED = ", swapped"
 OURS_SWAPPED = dict(learning_rate=1e-4, warmup_steps=500, lr_schedule="cosine", ema_decay=0.9999)
-SPARE = 60  # seconds, beside the minutes, for the start of train.py and its last validation
 CPU = torch.device("cpu")
 
 
@@ -74,7 +70,7 @@ def train_ours(args: Args, s: Settings, words: list[str]) -> tuple[int, int, nn.
     with tempfile.TemporaryDirectory() as folder:
         words += [f"--max_steps={planned}", "--val_every=100000", "--val_images=16", "--num_samples=1"]
         words += [f"--{place}_path={folder}/{place}" for place in ("checkpoint", "output", "log")]
-        limited(60 * args.minutes + SPARE, [sys.executable, "train.py", *words], stdout=subprocess.DEVNULL)
+        limited(60 * args.minutes + 60, [sys.executable, "train.py", *words], stdout=subprocess.DEVNULL)  # a minute to start
         state = load_checkpoint(Path(folder, "checkpoint", s.RUN, "latest.pth"), (*TO_DRAW, "step"))
     model = build_model(s, 0)
     model.load_state_dict(state["ema"])
@@ -87,9 +83,8 @@ def train_peer(args: Args, s: Settings, name: str) -> tuple[int, int, nn.Module]
     planned = fitting(lambda: rehearsal.step(batches(0, 0).x_0), args.minutes)
     peer = PEERS[program](UNETS[program](s), s, planned)
     if name.endswith(SWAPPED):
-        for group in peer.optimizer.param_groups:
-            group["initial_lr"] = s.LEARNING_RATE
-        rate = LambdaLR(peer.optimizer, lambda step: learning_rate(s, step, planned) / s.LEARNING_RATE)
+        own = float(peer.rate.base_lrs[0])
+        rate = LambdaLR(peer.optimizer, lambda step: learning_rate(s, step, planned) / own)
         ema = EMA(peer.module, s.EMA_DECAY)
         peer = peer._replace(rate=rate, averaged=ema.model, update_average=lambda: ema.update(rate.last_epoch - 1))
     end, step = time.monotonic() + 60 * args.minutes, 0
@@ -105,9 +100,8 @@ def draw(args: Args, s: Settings, program: str, network: Any) -> dict[str, Tenso
     if program == "diffusers":
         from diffusers import DDPMPipeline, DDPMScheduler
 
-        steps = 2 if args.tiny else 1000
         pipeline: Any = DDPMPipeline(network, DDPMScheduler())
-        own = partial(pipeline, num_inference_steps=steps, output_type="pt", return_dict=False)
+        own = partial(pipeline, num_inference_steps=2 if args.tiny else 1000, output_type="pt", return_dict=False)
         predict, diffusion = lambda x, t, y: network(x, t).sample, GaussianDiffusion(s.TIME_STEPS, "linear", "eps")
     if program == "lucidrains":
         from denoising_diffusion_pytorch.denoising_diffusion_pytorch import sigmoid_beta_schedule
@@ -125,7 +119,6 @@ def draw(args: Args, s: Settings, program: str, network: Any) -> dict[str, Tenso
 
 def contend(args: Args, name: str) -> dict[str, Any]:
     """The row of a contestant."""
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     program, words, start = name.split(",")[0], flags_of(args, name), time.monotonic()
     s = resolve(config, words).settings
@@ -135,17 +128,11 @@ def contend(args: Args, name: str) -> dict[str, Any]:
     pictures = draw(args, s, program, network.eval().requires_grad_(False))
     (folder := Path(s.OUTPUT_PATH, "equal_time")).mkdir(parents=True, exist_ok=True)
     torch.save(pictures, folder / f"{name}.pt")
-    val, judge = open_images(s, "val"), Judge(open_images(s, "train"), Path(s.CACHE_PATH), 20 if args.tiny else STEPS)
+    val, judge = open_images(s, "val"), Judge(s, args.tiny)
     real = torch.from_numpy(val[torch.linspace(0, len(val) - 1, args.count).long().numpy()])
-    for what, x in ({"own sampler": pictures["dpm++"]} | pictures | {"real validation pictures": real}).items():
-        images = Images(x.numpy(), torch.zeros(len(x)).long(), val.classes, val.class_ids, Path())
-        row[f"frechet, {what}"] = judge(images, has_labels=False)["frechet"]
+    for what, images in ({"own sampler": pictures["dpm++"]} | pictures | {"real validation pictures": real}).items():
+        row[f"frechet, {what}"] = judge(images)["frechet"]
     return row
-
-
-def in_process(args: Args, name: str) -> dict[str, Any]:
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(contend, args, name).result()
 
 
 def measure(args: Args) -> None:
@@ -154,18 +141,21 @@ def measure(args: Args) -> None:
     folder = Path(resolve(config, flags_of(args, "ours")).settings.OUTPUT_PATH, "equal_time")
     table = Table("equal_time", args, CPU, **asked)
     done = {row["name"] for row in table.past() if asked.items() <= row.items()}
+
+    def enter(name: str) -> None:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            table.add(**pool.submit(contend, args, name).result())
+
     with ThreadPoolExecutor(args.jobs) as threads:
         waiting = [name for name in names if name not in done or not (folder / f"{name}.pt").exists()]
-        list(threads.map(lambda name: table.add(**in_process(args, name)), waiting))  # raises what one of them raised
-    rows, titles = list[Tensor](), list[str]()
-    for name in names:
-        for way, images in torch.load(folder / f"{name}.pt", weights_only=True).items():
-            rows.append(images[:10])
-            titles += [name, way, *[""] * 8][: len(rows[-1])]
-    save_png(sheet(torch.cat(rows), titles, 10), folder / "sheet.png")
+        list(threads.map(enter, waiting))  # raises what one of them raised
+    saved = {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in names}
+    drawn = [(name, way, images[:10]) for name in names for way, images in saved[name].items()]
+    titles = [title for name, way, images in drawn for title in [name, way, *[""] * 8][: len(images)]]
+    save_png(sheet(torch.cat([images for _, _, images in drawn]), titles, 10), folder / "sheet.png")
 
 
-FLAGS: common.Flags = {
+FLAGS = {
     "minutes": dict(type=float, default=60, help="of training, for each contestant (default: 60)"),
     "data_path": dict(required=True, help="Tiny ImageNet, or its ten classes from benchmarks.pack"),
     "count": dict(type=int, default=200, help="pictures drawn by each sampler (default: 200)"),

@@ -4,8 +4,7 @@
 
 Each row is a process with a limit of its own. What it prints goes to results/gpu.md while it runs, its outcome to gpu.jsonl,
 the figures of a benchmark to lines of their own: what is cut keeps what it has. The same command goes on with the first row
-that is not done by this commit on this machine. To do a row again, delete its line in gpu.jsonl. All processes share the
-compiler's cache on disk, so each network is compiled once; the rows say how long that took.
+that is not done by this commit on this machine. To do a row again, delete its line in gpu.jsonl.
 """
 
 import os
@@ -71,7 +70,6 @@ def limited(seconds: float, words: list[str], **options: Any) -> subprocess.Comp
 def measure(args: Args) -> None:
     end, table = time.monotonic() + 60 * args.minutes, Table("gpu", args, pick_device(args.device))
     done = {row["row"] for row in table.past() if row["outcome"] != CUT}
-    args.results.mkdir(parents=True, exist_ok=True)
     for name, seconds, words in [row for row in ROWS if row[0] not in done]:
         start = time.monotonic()
         if (left := end - start) < LEAST:
@@ -81,16 +79,15 @@ def measure(args: Args) -> None:
             print(f"\n## {name}\n\n{table.about}\n\n`python {words}`\n", file=report, flush=True)
             ran = limited(min(seconds, left), command(args, words, folder), stdout=report, stderr=subprocess.PIPE)
             stopped = "stopped at its limit" if seconds <= left else CUT
-            outcomes = {0: "done", 124: stopped, -9: stopped}
-            row: dict[str, Any] = dict(row=name, outcome=outcomes.get(ran.returncode, f"failed ({ran.returncode})"))
-            row["seconds"] = time.monotonic() - start
+            outcome = {0: "done", 124: stopped, -9: stopped}.get(ran.returncode, f"failed ({ran.returncode})")
+            row: dict[str, Any] = {"row": name, "outcome": outcome, "seconds": time.monotonic() - start}
             if speeds := [value for _, value in common.curve(Path(folder, "logs"), "speed/images_per_second")]:  # of train.py
                 row |= common.spread("images_per_second", speeds[2:] or speeds)  # it compiled before the first
             table.add(**row)
             print(f"{ran.stderr[-2000:] * bool(ran.returncode)}\n**{row}**", file=report)
 
 
-FLAGS: common.Flags = {
+FLAGS = {
     "minutes": dict(type=float, default=6, help="for all; the last row is cut there (default: 6)"),
     "data_path": dict(type=Path, help="Tiny ImageNet or a part of it, for the loop of train.py (default: shapes)"),
 }

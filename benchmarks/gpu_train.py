@@ -4,8 +4,7 @@
 
 It takes the largest width whose weights fill at most 16 MB in half precision and that sees 2 million pictures in that time, by
 the speed that benchmarks.gpu wrote to the same folder. Then it times some steps of it: train.py takes as many as fit, so that
-the learning rate has decayed when the minutes end. The folder of the results gets weights.pth, grid.png and samples.npz of 200
-pictures, events.out.* for TensorBoard, gpu_train.txt with what was printed, and gpu_train.jsonl.
+the learning rate has decayed when the minutes end.
 """
 
 import math
@@ -30,7 +29,7 @@ from src.runtime.build import build_model
 from src.runtime.device import pick_device
 from src.runtime.settings import Settings, resolve
 
-CLASSES, PICTURES, BYTES = 10, 2e6, 16e6
+CLASSES, PICTURES, BYTES, BATCH = 10, 2e6, 16e6, 128
 SHARE = 0.5  # of the default network's FLOP/s that a narrow network reaches: an estimate, which decides nothing but the width
 BEFORE, AFTER = 25, 25  # seconds that train.py takes up to its first step, and that export.py and sample.py take
 
@@ -41,9 +40,9 @@ def recipe(args: Args, gflops: float) -> tuple[list[str], Settings]:
     nature = resolve(config, ["--preset=nature"]).settings
     seconds, chosen = 60 * args.minutes - 2 * BEFORE - AFTER, (list[str](), nature)
     for width in range(nature.UNET_DIM, 257, 8):
-        lr = nature.LEARNING_RATE * math.sqrt(args.batch / nature.BATCH_SIZE) * nature.UNET_DIM / width
-        changes = dict(preset="nature", unet_dim=width, batch_size=args.batch, learning_rate=f"{lr:.2g}")
-        s = resolve(config, words := common.flags_for(args, **changes)).settings
+        lr = nature.LEARNING_RATE * math.sqrt(BATCH / nature.BATCH_SIZE) * nature.UNET_DIM / width
+        words = common.flags_for(args, preset="nature", unet_dim=width, batch_size=BATCH, learning_rate=f"{lr:.2g}")
+        s = resolve(config, words).settings
         model = build_model(s, CLASSES)
         pictures = SHARE * gflops * seconds / (3 * common.forward_gflop(model, s.IMAGE_SIZE))
         if width > nature.UNET_DIM and (2 * parameter_count(model) > BYTES or pictures < PICTURES):
@@ -65,7 +64,6 @@ def measure(args: Args) -> None:
     steps = max(1, int((end - time.monotonic() - BEFORE - AFTER) / seconds))
     words += [f"--max_steps={steps}", f"--data_path={args.data_path}", "--save_every=100000", "--save_minutes=0.2"]
     words += [f"--{name}_every={steps * s.BATCH_SIZE // 5000 // times + 1}" for name, times in (("val", 12), ("sample", 4))]
-    out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, open(out / "gpu_train.txt", "a") as said:
 
         def run(limit: float, *words: str) -> None:
@@ -90,10 +88,9 @@ def measure(args: Args) -> None:
     print((out / "gpu_train.txt").read_text()[-3000:])
 
 
-FLAGS: common.Flags = {
+FLAGS = {
     "minutes": dict(type=float, default=4, help="for all, from the start to the last file (default: 4)"),
     "data_path": dict(type=Path, required=True, help="Tiny ImageNet, or its ten classes from benchmarks.pack"),
-    "batch": dict(type=int, default=128, help="images a step (default: 128)"),
 }
 
 if __name__ == "__main__":

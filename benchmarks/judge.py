@@ -1,23 +1,23 @@
 """A program that judges drawn pictures: the outlines of shapes, or, of any other dataset, what a classifier sees.
 
     python -m benchmarks.judge --checkpoint docs/shapes.pth --guidance 2
-    python -m benchmarks.judge --checkpoint docs/nature.pth --guidance 2 --count 500 --sheet outputs/judged.png
+    python -m benchmarks.judge --checkpoint docs/nature.pth --guidance 2 --count 500
 
 Shapes. A picture becomes a silhouette: how far each pixel is from the ground's colour, the ink being 1. Its outline is that of
 the six whose nearest copy, of any size, place and tilt that src/data/shapes.py draws, has the smallest squared error as a share
-of the copy's area. A picture with a share above 0.12 has none of the six. Shapes of the dataset itself have at most 0.04.
+of the copy's area. Shapes of the dataset itself have at most 0.04.
 
-Other datasets. A small classifier learns the training pictures of the checkpoint's classes, in 2,000 steps of 50, once: it is
-kept beside the cache. It never sees validation pictures. Then, of real validation pictures and of drawn ones: in_their_class is
-the share that it puts into the class they were drawn as; frechet is the distance of its last features to those of the training
-pictures (two Gaussians, as in FID; lower is better); variety is the mean distance between two pictures of a class in these
-features, over that of training pictures.
+Other datasets. A small classifier learns the training pictures of the checkpoint's classes once: it is kept beside the cache.
+Of real validation pictures, which it never sees, and of drawn ones: in_their_class is the share that it puts into the class
+they were drawn as; frechet is the distance of its last features to those of the training pictures (two Gaussians, as in FID;
+lower is better); variety is the mean distance of two pictures of a class in these features, over that of training pictures.
 """
 
 import sys
+import tempfile
 from functools import partial
+from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,26 +25,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torchvision.ops import Conv2dNormActivation as unit
 from tqdm import tqdm
 
+import sample
 from benchmarks import common
 from benchmarks.common import Args, Table
 from src.data.shapes import KINDS, distance
-from src.dataset import Images
+from src.dataset import Images, normalise
 from src.runtime.build import open_images
-from src.runtime.pipeline import Pipeline
-from src.runtime.sheets import sheet
-from src.utils import atomic_file, save_png
+from src.runtime.checkpoint import TO_DRAW, load_checkpoint
+from src.runtime.device import pick_device
+from src.runtime.settings import Settings
+from src.utils import atomic_file
 
 STEPS, BATCH = 2000, 50  # of the classifier
 VIEW = 10_000  # pictures of a set, at most, that the figures look at
-
-SPOILED = 0.12  # the largest error of a shape that counts
-OUTLINES = ["circle", "square", "triangle", "ring", "cross", "star"]
+SPOILED = 0.12  # a picture with a larger error has none of the shapes
 TILTS = {shape: tilt for _, shape, tilt in KINDS.values()}
-
-
-# --- shapes ---------------------------------------------------------------------------------------------
+OUTLINES = list(TILTS)
 
 
 def silhouettes(images: Tensor) -> Tensor:
@@ -58,15 +57,14 @@ def silhouettes(images: Tensor) -> Tensor:
 
 def copies(shape: str, size: int) -> Tensor:
     """Silhouettes [N, S, S] of one outline in the middle: sizes, tilts, and quarters of a pixel."""
+    tilts, quarters = np.linspace(-TILTS[shape], TILTS[shape], 7 if TILTS[shape] else 1), (-0.25, 0.25)
     found = []
-    for radius in np.linspace(0.25, 0.37, 9):
-        for tilt in np.linspace(-TILTS[shape], TILTS[shape], 7 if TILTS[shape] else 1):
-            cos, sin = np.cos(tilt) / radius, np.sin(tilt) / radius
-            for right, down in np.array([(-1, -1), (-1, 1), (1, -1), (1, 1)]) / 4:
-                y, x = np.mgrid[:size, :size]
-                x, y = (x + 0.5 - right) / size - 0.5, (y + 0.5 - down) / size - 0.5
-                outline = distance(shape, cos * x + sin * y, cos * y - sin * x)
-                found.append(np.clip(0.5 - outline * radius * size, 0, 1))
+    for radius, tilt, right, down in product(np.linspace(0.25, 0.37, 9), tilts, quarters, quarters):
+        cos, sin = np.cos(tilt) / radius, np.sin(tilt) / radius
+        y, x = np.mgrid[:size, :size]
+        x, y = (x + 0.5 - right) / size - 0.5, (y + 0.5 - down) / size - 0.5
+        outline = distance(shape, cos * x + sin * y, cos * y - sin * x)
+        found.append(np.clip(0.5 - outline * radius * size, 0, 1))
     return torch.from_numpy(np.stack(found)).float()
 
 
@@ -84,29 +82,14 @@ def errors(images: Tensor) -> Tensor:
     return found
 
 
-# --- other datasets ---------------------------------------------------------------------------------------
-
-
-def unit(dim_in: int, dim_out: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(dim_in, dim_out, 3, stride, 1, bias=False), nn.BatchNorm2d(dim_out), nn.ReLU())
-
-
 class Residual(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         return x + super().forward(x)
 
 
-def new_classifier(channels: int, classes: int) -> nn.Sequential:
-    """[B, channels, S, S] in [-1, 1] -> logits. All but the last layer give the 128 features."""
-    levels = [unit(channels, 32, 2), unit(32, 32)]
-    for dim in (64, 128):
-        levels += [unit(dim // 2, dim, 2), Residual(unit(dim, dim), unit(dim, dim))]
-    return nn.Sequential(*levels, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, classes))
-
-
-def batch_of(images: Images, rows: Tensor) -> tuple[Tensor, Tensor]:
-    u8 = torch.from_numpy(images[rows.numpy()])
-    return (u8.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last), images.labels[rows]
+def batch_of(images: Any, rows: Tensor) -> Tensor:
+    """Images, or uint8 [N, C, S, S] -> [B, C, S, S] in [-1, 1]."""
+    return normalise(torch.as_tensor(images[rows.numpy()])).contiguous(memory_format=torch.channels_last)
 
 
 def augmented(x: Tensor) -> Tensor:
@@ -117,12 +100,17 @@ def augmented(x: Tensor) -> Tensor:
     return moved * (0.8 + 0.4 * torch.rand(len(x), 1, 1, 1))
 
 
-def trained_classifier(images: Images, folder: Path, steps: int = STEPS) -> nn.Sequential:
-    """The classifier of these training pictures, kept in the folder under their fingerprint."""
-    file = folder / f"judge-{images.fingerprint}-{steps}.pth"
+def trained_classifier(images: Images, folder: str, steps: int) -> nn.Sequential:
+    """The classifier of these training pictures, kept in the folder under their fingerprint: [B, C, S, S] in [-1, 1] -> logits.
+    All but its last layer give 128 features."""
+    file = Path(folder, f"judge-{images.fingerprint}-{steps}.pth")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = new_classifier(images.shape[1], len(images.classes)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        levels = [unit(images.shape[1], 32, 3, 2), unit(32, 32)]
+        for dim in (64, 128):
+            levels += [unit(dim // 2, dim, 3, 2), Residual(unit(dim, dim), unit(dim, dim))]
+        model = nn.Sequential(*levels, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, len(images.classes)))
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if file.exists():
             model.load_state_dict(torch.load(file, weights_only=True))
             return model.eval()
@@ -132,8 +120,9 @@ def trained_classifier(images: Images, folder: Path, steps: int = STEPS) -> nn.S
         for _ in tqdm(range(steps), desc="classifier", unit="step", disable=None):
             if len(order) < BATCH:
                 order = torch.cat([order, torch.randperm(len(images))])
-            (x, y), order = batch_of(images, order[:BATCH]), order[BATCH:]
-            F.cross_entropy(model(augmented(x)), y, label_smoothing=0.1).backward()
+            rows, order = order[:BATCH], order[BATCH:]
+            guesses = model(augmented(batch_of(images, rows)))
+            F.cross_entropy(guesses, images.labels[rows], label_smoothing=0.1).backward()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
@@ -143,28 +132,28 @@ def trained_classifier(images: Images, folder: Path, steps: int = STEPS) -> nn.S
 
 
 class Judge:
-    """The figures of a set of pictures, beside the training pictures `train`. folder: where the classifier is kept."""
+    """The figures of a set of pictures, beside the training pictures of the settings. tiny: hardly trained."""
 
-    def __init__(self, train: Images, folder: Path, steps: int = STEPS):
-        self.model = trained_classifier(train, folder, steps)
-        self.features, _, labels = self.look(train)
-        self.spread = spread_within(self.features, labels)
+    def __init__(self, s: Settings, tiny: bool):
+        train = open_images(s, "train")
+        self.model = trained_classifier(train, s.CACHE_PATH, 20 if tiny else STEPS)
+        self.features, rows = self.look(train)
+        self.spread = spread_within(self.features, train.labels[rows])
 
     @torch.no_grad()
-    def look(self, images: Images) -> tuple[Tensor, Tensor, Tensor]:
-        """Features [N, 128], logits and labels of at most VIEW pictures, spread over the set."""
+    def look(self, images: Any) -> tuple[Tensor, Tensor]:
+        """Features [N, 128] of at most VIEW pictures, spread over the set, and which ones these are."""
         rows = torch.linspace(0, len(images) - 1, min(VIEW, len(images))).round().long()
-        seen = torch.cat([self.model[:-1](batch_of(images, part)[0]) for part in rows.split(100)])
-        return seen, self.model[-1](seen), images.labels[rows]
+        return torch.cat([self.model[:-1](batch_of(images, part)) for part in rows.split(100)]), rows
 
-    def __call__(self, images: Images, has_labels: bool = True) -> dict[str, Any]:
-        """has_labels: false for pictures of a network without classes, which have a distance alone."""
-        features, logits, labels = self.look(images)
+    def __call__(self, images: Any, labels: Tensor | None = None) -> dict[str, Any]:
+        """images: Images, or uint8 [N, C, S, S].   labels: None for those of a network without classes: a distance alone."""
+        features, rows = self.look(images)
         both = [fid_features_to_statistics(x) for x in (features, self.features)]
         found: dict[str, Any] = {"pictures": len(features)}
-        if has_labels:
-            found |= {"in_their_class": (logits.argmax(1) == labels).float().mean().item()}
-            found |= {"variety": spread_within(features, labels) / self.spread}
+        if labels is not None:
+            found |= {"in_their_class": (self.model[-1](features).argmax(1) == labels[rows]).float().mean().item()}
+            found |= {"variety": spread_within(features, labels[rows]) / self.spread}
         return found | {"frechet": fid_statistics_to_metric(*both, verbose=False)["frechet_inception_distance"]}
 
 
@@ -173,50 +162,40 @@ def spread_within(features: Tensor, labels: Tensor) -> float:
     return torch.stack([torch.pdist(features[labels == label][:1000]).mean() for label in labels.unique()]).mean().item()
 
 
-# --- both -------------------------------------------------------------------------------------------------
-
-
-def draw(args: Args) -> tuple[Pipeline, Images]:
-    """--count pictures of the checkpoint by 20 steps of dpm++, their labels being those that they were drawn as."""
-    how: dict[str, Any] = dict(run="", classes="all", sampler="dpm++", steps=20, spacing="logsnr", eta=0.0, weights="ema")
-    how |= dict(precision="fp32", compile="false", typed=())
-    pipeline = Pipeline(SimpleNamespace(**how, **vars(args)))  # type: ignore[arg-type]  # Namespace or like it
-    if args.npz:
-        with np.load(args.npz) as kept:
-            pixels, labels = torch.from_numpy(kept["arr_0"]).permute(0, 3, 1, 2), torch.from_numpy(kept["arr_1"])
-    else:
-        drawn = pipeline.series(range(args.count), 50, partial(pipeline.start, 0))
-        pixels = torch.cat([batch for _, batch in drawn])
-        labels = torch.tensor([pipeline.label(i) or 0 for i in range(args.count)])
-    return pipeline, Images(pixels.numpy(), labels, pipeline.classes, pipeline.class_ids, Path())
+def drawn(args: Args) -> tuple[Tensor, Tensor]:
+    """The pictures of --npz, or --count that sample.py draws, uint8 [N, C, S, S], and the labels that they were drawn as."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = [f"--checkpoint={args.checkpoint}", f"--num_samples={args.count}", f"--guidance={args.guidance}"]
+        words += ["--precision=fp32", f"--device={args.device}", "--npz", f"--output_dir={folder}"]
+        if not args.npz and (code := sample.main(words)):
+            sys.exit(code)  # it has said why
+        with np.load(args.npz or Path(folder, "samples.npz")) as kept:
+            pixels = torch.from_numpy(kept["arr_0"]).permute(0, 3, 1, 2)
+            return pixels, torch.from_numpy(kept["arr_1"]) if "arr_1" in kept else torch.zeros(len(pixels)).long()
 
 
 def measure(args: Args) -> None:
-    pipeline, drawn = draw(args)
-    table = Table("judge", args, pipeline.device, steps=pipeline.steps, guidance=args.guidance, step=pipeline.step)
-    names = [drawn.classes[label] for label in drawn.labels]
-    if pipeline.settings.DATASET == "shapes":
-        wanted = torch.tensor([OUTLINES.index(name.split()[-1]) for name in names])
-        share, seen = errors(torch.from_numpy(drawn[:])).min(dim=1)
+    state = load_checkpoint(Path(args.checkpoint), TO_DRAW)
+    s, (pixels, labels) = state["config"], drawn(args)
+    table = Table("judge", args, pick_device(args.device), guidance=args.guidance, step=state.get("step"))
+    if s.DATASET == "shapes":
+        wanted = torch.tensor([OUTLINES.index(state["classes"][label].split()[-1]) for label in labels])
+        share, seen = errors(pixels).min(dim=1)
         right = (seen == wanted) & (share <= SPOILED)
         for k, outline in enumerate(OUTLINES):
             table.add(outline=outline, right=int(right[wanted == k].sum()), of=int((wanted == k).sum()))
-        table.add(outline="all", right=int(right.sum()), of=len(drawn))
+        table.add(outline="all", right=int(right.sum()), of=len(pixels))
     else:
-        train, val = (open_images(pipeline.settings, split) for split in ("train", "val"))
-        judge = Judge(train, Path(pipeline.settings.CACHE_PATH), 20 if args.tiny else STEPS)
-        table.add(what="real validation", **judge(val))
-        table.add(what="drawn", **judge(drawn, bool(pipeline.labels)))
-    if args.sheet:
-        save_png(sheet(torch.from_numpy(drawn[:100]), names[:100], 10), args.sheet)
+        judge, val = Judge(s, args.tiny), open_images(s, "val")
+        table.add(what="real validation", **judge(val, val.labels))
+        table.add(what="drawn", **judge(pixels, labels if s.CLASS_CONDITIONAL else None))
 
 
-FLAGS: common.Flags = {
+FLAGS = {
     "checkpoint": dict(default="checkpoints/demo/best.pth", help="default: checkpoints/demo/best.pth"),
     "count": dict(type=int, default=200, help="pictures, one class after the other (default: 200)"),
     "npz": dict(type=Path, help="judge these instead: samples.npz of sample.py, by this checkpoint's data"),
     "guidance": dict(type=float, default=3.0, help="default: 3"),
-    "sheet": dict(type=Path, help="where to put the first 100 pictures, as PNG"),
 }
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def fetch_wheels(folder: Path) -> None:
                     wanted[name] = f"{need.name}{need.specifier}"
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_path", type=Path, default=Path("data/tiny-imagenet-200"), help="Tiny ImageNet, unpacked")
     data_path = parser.parse_args().data_path
@@ -70,8 +70,7 @@ def main() -> int:
     parts = {"repository": map(Path, tracked)} | {name: (TRAVEL / name).rglob("*") for name in ("ten", "wheels")}
     sizes = {name: sum(path.stat().st_size for path in files if path.is_file()) / 2**20 for name, files in parts.items()}
     print(", ".join(f"{name} {size:.1f} MiB" for name, size in sizes.items()) + f": {sum(sizes.values()):.1f} MiB in all")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,12 +1,11 @@
 """How fast is one training step? Ours, ours changed in one place, and other libraries', as a Markdown table.
 
-    python -m benchmarks.train_step
     python -m benchmarks.train_step --peers --variants plain no-QuickNorm --batches 4 --train_flags="--precision bf16"
 
 On a CPU all are measured in turns; on a GPU one after the other, because not all fit into memory together. Networks of unequal
-size compare by GFLOP/s: three forward passes an image. Other libraries run as their own scripts do, in float32: diffusers'
-train_unconditional.py with the flags that its README types, and the Trainer of denoising-diffusion-pytorch ("lucidrains").
-Their images lie on the device already. `pip install -r requirements-bench.txt` installs them. --draw times drawing instead.
+size compare by GFLOP/s: three forward passes an image. Other libraries (requirements-bench.txt) run as their own scripts do, in
+float32: diffusers' train_unconditional.py with the flags that its README types, and the Trainer of denoising-diffusion-pytorch
+("lucidrains"). Their images lie on the device already.
 """
 
 import gc
@@ -45,7 +44,7 @@ from src.utils import to_uint8
 
 class Step:
     """step() is one optimizer step of train.py, from the batch to the average; a test compares the weights. A variant changes
-    `network`, `losses`, `batches`, `take` or the modules of `model` in a step that is built."""
+    `network`, `losses` or the modules of `model` in a step that is built."""
 
     def __init__(self, s: Settings, device: torch.device, images: Images, variant: str = "as train.py"):
         dtype = pick_precision(s.PRECISION, device)
@@ -54,7 +53,7 @@ class Step:
         self.ema, self.diffusion = EMA(self.model, s.EMA_DECAY), build_diffusion(s).to(device)
         self.optimizer = build_optimizer(s, self.model)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        self.batches: Any = build_batches(s, DeviceImages(images, device))
+        self.batches = build_batches(s, DeviceImages(images, device))
         self.meter = Meter(s.TIME_STEPS, device)
         self.eager = InPrecision(self.model, device, dtype)
         self.network: Callable = torch.compile(self.eager) if should_compile(s.COMPILE, device) else self.eager
@@ -62,9 +61,6 @@ class Step:
         VARIANTS[variant](self)
 
     def __call__(self) -> None:
-        self.take()
-
-    def take(self) -> None:
         s, step = self.settings, self.step
         self.optimizer.param_groups[0]["lr"] = s.LEARNING_RATE * min(1.0, (step + 1) / max(1, s.WARMUP_STEPS))
         torch.manual_seed(noise.seed(s.SEED, noise.DROPOUT, step, 0))
@@ -84,27 +80,18 @@ class Step:
         self.step += 1
 
 
-def swapped(old: type | tuple[type, ...], new: type | None = None) -> Callable[[Step], None]:
+def swap(step: Step, old: type | tuple[type, ...], new: type | None = None) -> None:
     """Modules of a class become `new`, or else the plain modules that kernels.py found there."""
-
-    def change(step: Step) -> None:
-        found = [module for module in step.model.modules() if isinstance(module, old)]
-        assert found, "the step has no such modules on this device in this precision"
-        for module in found:
-            while isinstance(module, old) and type(module) is not new:
-                module.__class__ = cast(type, new or type(module).__base__)
-
-    return change
+    found = [module for module in step.model.modules() if isinstance(module, old)]
+    assert found, "the step has no such modules on this device in this precision"
+    for module in found:
+        module.__class__ = new or next(base for base in type(module).__mro__ if not issubclass(base, old))
 
 
-def compiled(part: str, **options: Any) -> Callable[[Step], None]:
+def compile_anew(step: Step, part: str = "network", **options: Any) -> None:
     """torch.compile over "network", or over "losses" with the network inside."""
-
-    def change(step: Step) -> None:
-        step.network = step.eager
-        setattr(step, part, torch.compile(getattr(step, part), **options))
-
-    return change
+    step.network = step.eager
+    setattr(step, part, torch.compile(getattr(step, part), **options))
 
 
 SWAPS = tuple(c for c in vars(kernels).values() if isinstance(c, type) and issubclass(c, nn.Module))
@@ -112,21 +99,19 @@ SWAPS = tuple(c for c in vars(kernels).values() if isinstance(c, type) and issub
 # What is not decided yet, and what each swap of kernels.py gains. name: function that changes a built step.
 VARIANTS: dict[str, Callable[[Step], None]] = {
     "as train.py": lambda step: None,
-    "plain": swapped(SWAPS),
-    **{f"no-{quick.__name__}": swapped(quick) for quick in SWAPS},
-    "lean": swapped(plain.ResBlock, LeanResBlock),
-    "four-product": swapped(plain.Upsample, kernels.FourProductUpsample),
+    "plain": partial(swap, old=SWAPS),
+    **{f"no-{quick.__name__}": partial(swap, old=quick) for quick in SWAPS},
+    "lean": partial(swap, old=plain.ResBlock, new=LeanResBlock),
+    "four-product": partial(swap, old=plain.Upsample, new=kernels.FourProductUpsample),
     "eager": lambda step: setattr(step, "network", step.eager),
-    "graphs": compiled("network", mode="reduce-overhead"),
-    "loss": compiled("losses"),
-    "loss-graphs": compiled("losses", mode="reduce-overhead"),
-    "layout": compiled("network", options={"force_layout_optimization": True}),
-    "no-mix-order": compiled("network", options={"triton.mix_order_reduction": False}),  # pytorch issue #193061
-    "cudnn-benchmark": lambda step: setattr(step, "take", torch.backends.cudnn.flags(True, True)(step.take)),
+    "graphs": partial(compile_anew, mode="reduce-overhead"),
+    "loss-graphs": partial(compile_anew, part="losses", mode="reduce-overhead"),
+    "layout": partial(compile_anew, options={"force_layout_optimization": True}),
+    "no-mix-order": partial(compile_anew, options={"triton.mix_order_reduction": False}),  # pytorch issue #193061
+    "cudnn-benchmark": lambda step: setattr(torch.backends.cudnn, "benchmark", True),
 }
 
 DRAWN = 20  # steps of a sampler that are timed; a thousand take fifty times as long
-LUCIDRAINS_MULTS: dict[tuple[int, ...], tuple[int, ...]] = {(1, 2, 3, 4): (1, 2, 3, 6)}  # as large as ours: 86.5M beside 92.0M
 
 
 def diffusers_unet(s: Settings) -> Any:
@@ -148,8 +133,8 @@ def diffusers_unet(s: Settings) -> Any:
 def lucidrains_unet(s: Settings) -> Any:
     from denoising_diffusion_pytorch import Unet
 
-    heads = max(1, min(4, s.UNET_DIM // 16))  # 4 at the width 64 of its README
-    return Unet(dim=s.UNET_DIM, dim_mults=LUCIDRAINS_MULTS.get(s.DIM_MULTS, s.DIM_MULTS), attn_heads=heads)
+    mults = (1, 2, 3, 6) if s.DIM_MULTS == (1, 2, 3, 4) else s.DIM_MULTS  # as large as ours: 86.5M beside 92.0M
+    return Unet(dim=s.UNET_DIM, dim_mults=mults, attn_heads=max(1, min(4, s.UNET_DIM // 16)))  # 4 at the width 64 of its README
 
 
 class Peer(NamedTuple):
@@ -204,8 +189,7 @@ def lucidrains_peer(unet: Any, s: Settings, last_step: int = 0) -> Peer:
 
 
 PEERS: dict[str, Callable[..., Peer]] = {"diffusers": diffusers_peer, "lucidrains": lucidrains_peer}
-UNETS: dict[str, Callable] = {"ours": partial(build_model, num_classes=10)}
-UNETS |= {"diffusers": diffusers_unet, "lucidrains": lucidrains_unet}
+UNETS: dict[str, Callable] = {"diffusers": diffusers_unet, "lucidrains": lucidrains_unet, "ours": lambda s: build_model(s, 10)}
 
 
 def drawing(s: Settings, device: torch.device, sampler: str) -> Call:
@@ -227,29 +211,30 @@ def contestants(args: Args, s: Settings, device: torch.device) -> dict[str, Call
     return entered | {name: lambda p=name: partial(PEERS[p](UNETS[p](s).to(device), s).step, x_0) for name in args.peers}
 
 
-def kernels_of(step: Call, calls: int) -> str:
-    """torch's table of where the time goes, as text: kernels, or on a CPU operations."""
-    with profile() as record:
-        common.seconds_per_call(step, calls, torch.device("cpu"))
-    order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    return record.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=90)
-
-
 def race(args: Args, s: Settings, device: torch.device, table: Table) -> None:
     entered, on_gpu, ours = contestants(args, s, device), device.type == "cuda", list[float]()
     for group in [[name] for name in entered] if on_gpu else [list(entered)]:  # those that are in memory together
-        running, first, step = dict[str, Call](), dict[str, float](), cast(Any, None)
+        running, first = dict[str, Call](), dict[str, float]()  # the group before is gone
+        torch.compiler.reset()  # else a second batch size would be compiled for any size
+        torch.backends.cudnn.benchmark = False  # a variant sets it
+        gc.collect()
+        if on_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
         for name in group:
             try:
                 start = time.perf_counter()
-                step = entered[name]()
-                common.seconds_per_call(step, 1, device)
+                running[name] = entered[name]()
+                common.seconds_per_call(running[name], 1, device)
                 first[name] = time.perf_counter() - start
-                common.seconds_per_call(step, 3 if on_gpu else 1, device)  # CUDA graphs are recorded in the second and third
-                running[name] = step
+                common.seconds_per_call(running[name], 3 if on_gpu else 1, device)  # CUDA graphs are recorded in these
             except Exception as error:  # whatever another library or a compiler may raise: the others keep their figures
+                running.pop(name, None)
                 print(f"{name} is left out: {type(error).__name__}: {error}", file=sys.stderr)
-        seconds = common.in_turns(running, args.rounds, args.steps, device)
+        seconds: dict[str, list[float]] = {name: [] for name in running}
+        for turn in range(args.rounds):
+            for name in list(running)[:: -1 if turn % 2 else 1]:  # every other round backwards: a drift of the machine cancels
+                seconds[name].append(common.seconds_per_call(running[name], args.steps, device))
         ours = seconds.get("ours", ours)
         for name, times in seconds.items():
             model, passes = UNETS[name.split(",")[0]](s), DRAWN if args.draw else 3
@@ -262,14 +247,11 @@ def race(args: Args, s: Settings, device: torch.device, table: Table) -> None:
             figures |= {"graphs_compiled": counters["inductor"]["fxgraph_cache_miss"]}  # so far, that were not in the cache
             figures |= {"peak_gib": peak_memory(device)} if on_gpu else {}
             table.add(batch=s.BATCH_SIZE, name=name, **figures, rounds=args.rounds)
-            if args.profile:
-                print(kernels_of(running[name], args.steps))
-        del running, step  # on a GPU the next one needs the memory
-        torch.compiler.reset()  # else a second batch size would be compiled for any size
-        gc.collect()
-        if on_gpu:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(device)
+            if args.profile:  # torch's table of where the time goes: kernels, or on a CPU operations
+                with profile() as record:
+                    common.seconds_per_call(running[name], args.steps, device)
+                order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+                print(record.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=90))
 
 
 def measure(args: Args) -> None:
@@ -281,7 +263,7 @@ def measure(args: Args) -> None:
         race(args, resolve(config, words).settings, device, table)
 
 
-FLAGS: common.Flags = {
+FLAGS = {
     "batches": dict(type=int, nargs="+", help="images a step (default: 16 64 256 on CUDA, else 8)"),
     "rounds": dict(type=int, default=7, help="turns of each (default: 7)"),
     "steps": dict(type=int, help="steps in a turn (default: 10 on CUDA, else 1)"),
