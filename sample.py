@@ -32,7 +32,7 @@ from src.runtime.pipeline import HOW_TO_DRAW, WHICH_SERIES, Pipeline, tell
 from src.runtime.settings import KINDS
 from src.runtime.sheets import class_columns, save_gif, sheet
 from src.runtime.signals import StopRequest, run_script
-from src.utils import FlagError, atomic_file, count, flush_folder, load_png, save_png, writing
+from src.utils import FlagError, UserError, atomic_file, count, flush_folder, load_png, save_png, writing
 
 SHEET_PICTURES = 256  # the most that grid.png shows
 HALVES = ("x_t: noise becomes a picture", "x_0: the picture the network expects")  # of denoising.gif
@@ -184,17 +184,25 @@ def finish(pipeline: Pipeline, flags: Namespace, out: Path, series: Series | Wal
     if len(every) > len(shown):
         print(f"note: {series.sheet} shows the first {len(shown)} of {count(len(every), 'picture')}")
     names, columns = [*map(series.caption, shown)], flags.columns or series.columns
-    picture = sheet(torch.stack([load_png(there[i]) for i in shown]), names if any(names) else [], columns, flags.zoom)
+    picture = sheet(torch.stack([load(there[i], pipeline) for i in shown]), names if any(names) else [], columns, flags.zoom)
     with writing(out, "--output_dir"):
         save_png(picture, out / series.sheet)
         if isinstance(series, Walk) and flags.gif:
-            frames = [sheet(load_png(path)[None], [series.caption(i)], zoom=flags.zoom) for i, path in there.items()]
+            frames = [sheet(load(path, pipeline)[None], [series.caption(i)], zoom=flags.zoom) for i, path in there.items()]
             save_gif(frames, out / "interpolation.gif")
         if isinstance(series, Series):
             save_labels(out / "labels.csv", pipeline, flags.seed, there)
         if flags.npz:
             save_npz(out / "samples.npz", pipeline, series, there)
     return [name for name in ("settings.json", *BESIDE) if (out / name).exists()]
+
+
+def load(path: Path, pipeline: Pipeline) -> Tensor:
+    """A picture of the folder. Raises UserError for one that sample.py did not write there."""
+    if (picture := load_png(path)).shape != pipeline.shape:
+        found, expected = ("x".join(map(str, shape)) for shape in (picture.shape, pipeline.shape))
+        raise UserError(f"{path} is {found} (channels, height, width), not {expected}: another program's. Move it away.")
+    return picture
 
 
 def save_labels(path: Path, pipeline: Pipeline, seed: int, there: dict[int, Path]) -> None:
@@ -217,7 +225,7 @@ def save_npz(path: Path, pipeline: Pipeline, series: Series | Walk, there: dict[
         with archive.open("arr_0.npy", "w", force_zip64=True) as array:
             np.lib.format.write_array_header_1_0(array, header)
             for picture in Bar(there.values(), desc=path.name, unit="picture", leave=False):
-                array.write(load_png(picture).permute(1, 2, 0).contiguous().numpy().data)
+                array.write(load(picture, pipeline).permute(1, 2, 0).contiguous().numpy().data)
         if pipeline.labels:
             with archive.open("arr_1.npy", "w") as array:
                 np.save(array, np.array([series.label(i) for i in there], dtype=np.int64))

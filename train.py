@@ -36,7 +36,7 @@ from src.utils import UserError, writing
 
 try:
     import config
-except Exception as error:  # of any kind: it is the user's file
+except (Exception, SystemExit) as error:  # of any kind: it is the user's file
     sys.exit(f"train.py: config.py cannot be read: {error}. Undo the last change there.")
 
 LR_FLOOR = 0.01  # of LEARNING_RATE: what a decaying schedule ends at

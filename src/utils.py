@@ -86,7 +86,9 @@ def reading(path: str | os.PathLike, advice: str = "Fix its permissions, or choo
     try:
         yield
     except OSError as error:
-        raise UserError(f"Cannot read {error.filename or path}: {reason(error)}. {advice}") from error
+        if error.errno not in (errno.EACCES, errno.EPERM):
+            advice = advice.removeprefix("Fix its permissions, or ").removeprefix("Fix its permissions, ")
+        raise UserError(f"Cannot read {error.filename or path}: {reason(error)}. {advice[:1].upper()}{advice[1:]}") from error
 
 
 @contextlib.contextmanager
@@ -110,7 +112,8 @@ def reason(error: Exception) -> str:
     if isinstance(error, IsADirectoryError):
         return "it is a folder, and a file is needed"
     if isinstance(error, (NotADirectoryError, FileExistsError)):
-        return "a file stands where a folder is needed"
+        leads_nowhere = error.filename and os.path.islink(error.filename) and not os.path.exists(error.filename)
+        return f"a {'link that leads nowhere' if leads_nowhere else 'file'} stands where a folder is needed"
     return next(iter((getattr(error, "strerror", "") or str(error)).splitlines()), "") or type(error).__name__
 
 
@@ -123,11 +126,14 @@ def need_space(folder: Path, size: int, why: str = os.strerror(errno.ENOSPC)) ->
 def stand_in(path: str | os.PathLike) -> str:
     """What a file is that came in place of the one wanted, such as "is an HTML page"; "" if that cannot be told."""
     with contextlib.suppress(OSError), open(path, "rb") as file:
-        start = file.read(200).lstrip().lower()
+        start = file.read(200).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+        if not start and not os.path.getsize(path):
+            return "is empty"
         if start.startswith(b"version https://git-lfs"):
             return "is a git-LFS pointer; 'git lfs pull' in its repository fetches the file itself"
-        if start.startswith((b"<!doctype html", b"<html")):
-            return "is an HTML page, perhaps of a login or an error, and not the file itself"
+        if start.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")):
+            kind = "XML" if start.startswith(b"<?xml") else "HTML"
+            return f"is an {kind} page, perhaps of a login or an error, and not the file itself"
     return ""
 
 

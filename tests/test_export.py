@@ -143,9 +143,15 @@ def test_weights_have_the_dtype_asked_for_and_the_ordinary_layout(tmp_path, dtyp
     assert json.loads((out / "unet/config.json").read_text())["attn_norm_num_groups"] == 8
 
 
+def test_a_run_that_is_named_beside_both_paths_is_said_to_have_no_effect(tmp_path, capsys):
+    path, *_ = checkpoint(tmp_path, **NETWORKS["one level"])
+    run_export(path, tmp_path / "out", "--run", "mine", "--weights_only")
+    assert "note: --run has no effect with --checkpoint and --output_dir\n" in capsys.readouterr().out
+
+
 def test_a_file_that_is_there_stays(tmp_path):
     path, *_ = checkpoint(tmp_path, **NETWORKS["one level"])
-    (tmp_path / "README.md").write_text("mine")
+    (tmp_path / "README.md").symlink_to("somebody's, gone for now")
     with pytest.raises(UserError, match=r"README.md exists already. Remove it, or choose another folder with --output_dir."):
         run_export(path, tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["README.md", "made.pth"]

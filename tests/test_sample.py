@@ -297,3 +297,11 @@ def test_a_signal_leaves_whole_pictures_of_the_batches_done(run, sample):
     assert list(drawn(run, "drawn")) == ["000000.png", "000001.png"]
     sample()  # the same command goes on
     assert len(drawn(run, "drawn")) == 5
+
+
+def test_a_picture_of_another_size_in_the_folder_is_named_and_stays(run, sample):
+    sample()
+    Image.new("RGB", (9, 9)).save(strange := run.folder / "drawn/images/000006.png")
+    assert "000006.png is 3x9x9 (channels, height, width), not 3x8x8" in sample("--num_samples", 8, code=1).err
+    strange.unlink()
+    sample("--num_samples", 8)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from src.utils import UserError, atomic_file, count, reading, writing
+from src.utils import UserError, atomic_file, count, make_folders, reading, writing
 
 
 def test_a_file_appears_whole_or_not_at_all_and_is_flushed_before_it_takes_the_name(tmp_path, monkeypatch):
@@ -64,8 +64,17 @@ def test_a_file_system_that_cannot_flush_a_folder_is_no_failure(tmp_path, monkey
 def test_what_could_not_be_written_is_said_with_its_cause(tmp_path, error, says):
     with pytest.raises(UserError, match=f"^Cannot write to .*/x: {says}"), writing(tmp_path / "x", "--output_dir"):
         raise error
-    with pytest.raises(UserError, match=r"^Cannot read .*/x: "), writing("y", "--output_dir"), reading(tmp_path / "x"):
+    advice = "Fix its permissions, or choose" if isinstance(error, PermissionError) else "Choose"
+    says = rf"^Cannot read .*/x: .*\. {advice} another one\.$"
+    with pytest.raises(UserError, match=says), writing("y", "--output_dir"), reading(tmp_path / "x"):
         raise error  # what was read is not blamed on what is written
+
+
+def test_a_link_that_leads_nowhere_is_not_called_a_file(tmp_path):
+    for name, target in (("lost", "nowhere"), ("loop", "loop")):
+        (tmp_path / name).symlink_to(target)
+        with pytest.raises(UserError, match="a link that leads nowhere stands where"), writing(tmp_path / name, "--output_dir"):
+            make_folders(tmp_path / name)
 
 
 def test_the_sentence_does_not_fail_where_the_place_is_gone_or_its_name_too_long(tmp_path):

@@ -27,9 +27,11 @@ def parse_classes(text: str, classes: Sequence[str], class_ids: Sequence[str], o
     exact: dict[tuple[str, ...], set[int]] = defaultdict(set)
     any_case: dict[tuple[str, ...], set[int]] = defaultdict(set)
     for label, names in enumerate(zip(classes, class_ids)):
-        for name in (*names, str(label), f"index:{label}"):
+        for name in (*names, str(label)):
             exact[words_of(name)].add(label)
             any_case[words_of(name.casefold())].add(label)
+    for label in range(len(classes)):  # this is the index, whatever the names: it tells apart what they cannot
+        exact[(f"index:{label}",)] = any_case[(f"index:{label}",)] = {label}
     words, longest = words_of(text), max(map(len, exact))
     ways: list[list[list[int]]] = [[[]], *([] for _ in words)]  # [n]: labels that the first n words may mean
     for end in range(1, len(words) + 1):

@@ -47,6 +47,8 @@ def decoding(name: str | os.PathLike) -> Iterator[None]:
         yield
     except Exception as error:  # as many kinds as there are ways to damage a picture
         what = f"cannot be decoded ({reason(error)})"
+        if isinstance(error, struct.error):
+            what = "is cut short"
         if isinstance(error, Image.DecompressionBombError):
             what = f"has too many pixels ({error})"
         if isinstance(error, Image.UnidentifiedImageError):

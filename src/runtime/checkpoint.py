@@ -136,7 +136,7 @@ def load_checkpoint(path: Path, needs: Collection[str] = TO_RESUME, mmap: bool =
     with reading(path, "Fix its permissions, or use another one."):
         try:
             with open(path, "rb") as file:
-                is_whole = zipfile.is_zipfile(file)  # torch writes zip files, whose index stands at the end
+                is_whole = os.path.isfile(path) and zipfile.is_zipfile(file)  # as torch writes them, with an index at the end
         except FileNotFoundError:
             raise UserError(no_checkpoint(path)) from None
     if not is_whole:

@@ -116,6 +116,7 @@ TRUTH |= {"nargs": "?", "const": True}  # --gif alone is --gif true
 
 def command_line(argv: Sequence[Any] | None, variable: str = "") -> list[str]:
     """The flags of an environment variable, then what was typed behind the script or handed to main(). Raises FlagError."""
+    argv = shlex.split(argv) if isinstance(argv, str) else argv
     try:
         before = shlex.split(os.environ.get(variable, ""))
     except ValueError as error:  # a quote that is not closed

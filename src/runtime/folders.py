@@ -177,7 +177,7 @@ def picture_folder(out: Path, about: dict[str, Any], facts: dict[str, Any], over
         with reading(out):
             found = settings_of(file)
             there = sorted(images.iterdir()) if images.is_dir() else []
-            beside = [out / name for name in BESIDE if (out / name).exists()]
+            beside = [out / name for name in BESIDE if os.path.lexists(out / name)]
         if strangers := [*there, *beside] if found is None else [] if found else [file]:
             raise UserError(f"{out} holds {strangers[0].name}, which sample.py did not write. Choose another --output_dir.")
         ours = [*pictures_of(images).values(), *beside]

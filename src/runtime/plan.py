@@ -30,7 +30,7 @@ def print_plan(
     """What will happen, before it does."""
     s, (last_step, limit) = run.settings, run.limit(batches.steps_per_epoch)
     changed = [f"{name} {as_text(new)}" for name, _, new in changed_from_defaults(s, config)]
-    origin = [f"preset {run.preset}"] * bool(run.preset) + [f"network of {run.init_from}"] * bool(run.init_from)
+    origin = [f"preset {run.preset}"] * bool(run.preset) + [f"network of {run.init_from}"] * bool(run.init_from and not step)
     done = f"going on after step {step:,}" if step else "starting anew"
     processes = s.BATCH_SIZE // batches.local_batch_size
     together = f"; {processes} processes of {batches.local_batch_size} images each" if processes > 1 else ""
@@ -50,7 +50,7 @@ def print_plan(
     }.items():
         if text:
             print(f"{title:<9} {text}")
-    print_idle({"init_from", *map(str.lower, run.typed)}, idle_flags(run, step))
+    print_idle(run.typed, idle_flags(run, step))
     for warning in warnings_of(s, last_step, batches.steps_per_epoch, not run.init_from, batches.images.classes):
         print(f"Warning: {warning}")
 
@@ -69,9 +69,11 @@ def idle_flags(run: Run, step: int) -> dict[str, tuple[str, bool]]:
     s = run.settings
     return {
         "on a run that has a checkpoint; --run NAME starts another": ("init_from", run.init_from is not None and step > 0),
+        "on a new run": ("accept_changes", not step),
         "without --class_conditional": ("label_dropout preview_guidance", not s.CLASS_CONDITIONAL),
         f"above TIME_STEPS {s.TIME_STEPS}": ("preview_steps", s.PREVIEW_STEPS > s.TIME_STEPS),
-        "on --dataset shapes": ("data_path", s.DATASET == "shapes"),
+        "on --dataset shapes": ("data_path skip_damaged", s.DATASET == "shapes"),
+        "with LABEL_DROPOUT 0": ("preview_guidance", s.CLASS_CONDITIONAL and not s.LABEL_DROPOUT),
         f"on --dataset {s.DATASET}, which has no such address": ("data_url data_size data_md5", s.DATASET not in OBTAIN),
     }
 

@@ -92,7 +92,7 @@ class Run(NamedTuple):
     """What `python train.py ...` asks for."""
 
     settings: Settings
-    typed: frozenset[str]  # names of the settings that were given as flags
+    typed: frozenset[str]  # names of the flags that were given
     preset: str | None = None
     max_steps: int | None = None
     accept_changes: bool = False  # resume although settings differ from the checkpoint's
@@ -101,7 +101,7 @@ class Run(NamedTuple):
     def limit(self, steps_per_epoch: int) -> tuple[int, str]:
         """The last optimizer step, and what sets it. A typed --max_steps beats EPOCHS, unless typed --epochs end earlier."""
         steps = self.settings.EPOCHS * steps_per_epoch
-        if self.max_steps is None or ("EPOCHS" in self.typed and steps < self.max_steps):
+        if self.max_steps is None or ("epochs" in self.typed and steps < self.max_steps):
             return steps, f"EPOCHS {self.settings.EPOCHS}"
         return self.max_steps, f"--max_steps {self.max_steps}"
 
@@ -123,7 +123,7 @@ def resolve(config: ModuleType, argv: Sequence[str], dataset_names: Any = None, 
     places |= dict.fromkeys(network, f"{origin} has ")
     places |= dict.fromkeys(changes, IN_TABLE.format("PRESETS", of_run.get("preset")))
     check_combinations(settings, {name: place for name, place in places.items() if name not in typed}, dataset_names)
-    return Run(settings, **of_run | {"typed": frozenset(typed)})
+    return Run(settings, **of_run | {"typed": frozenset(flags["typed"])})
 
 
 def source_of(dataset: str, constants: Mapping[str, Any], sources: Mapping[str, dict[str, Any]]) -> dict[str, Any]:

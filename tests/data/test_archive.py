@@ -128,7 +128,7 @@ DAMAGE = {
 def test_a_damaged_archive_is_named_and_left(tmp_path, kind, damage):
     path = pack(tmp_path / f"a.{kind}", {f"top/{i}": os.urandom(500) for i in range(40)})
     path.write_bytes(damage(path.read_bytes()))
-    what = rf"(not a whole {kind} archive \(.+\)|an HTML page.*)\. Move it elsewhere|refused: its entry .* encrypted .* away"
+    what = rf"(not a whole {kind} archive \(.+\)|an HTML page.*|empty)\. Move it else|refused: its entry .* encrypted .* away"
     with pytest.raises(UserError, match=rf"a.{kind} is ({what})"):
         extract(path, tmp_path / "images", "3")
     assert os.listdir(tmp_path) == [path.name]

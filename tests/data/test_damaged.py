@@ -65,7 +65,9 @@ def test_without_them_the_rest_is_there_and_the_cache_knows(folder, capsys):
 
 
 def test_what_came_in_place_of_a_file_is_called_so(tmp_path):
-    for content, says in ((POINTER, "is a git-LFS pointer; 'git lfs pull'"), (PAGE, "is an HTML page")):
+    pages = [PAGE, b"\xef\xbb\xbf" + PAGE, b"<head><title>Sign in"]
+    wrong = [(POINTER, "is a git-LFS pointer; 'git lfs pull'"), *((page, "is an HTML page") for page in pages)]
+    for content, says in [*wrong, (b"<?xml version='1.0'?><Error>", "is an XML page"), (b"", "is empty")]:
         for name in ("x/0.png", "x.npz", "x.pth", "x.zip"):
             (tmp_path / "x").mkdir(exist_ok=True)
             (tmp_path / name).write_bytes(content)

@@ -49,7 +49,7 @@ def test_a_name_that_is_no_utf_8_is_a_name(tmp_path):
         ("empty", "holds no pictures, only 1 .txt (notes.txt). Pictures that are read end in .jpg"),
         ("mixed", "/0004.png is 32x32, the first picture 16x16"),
         ("broken.npz", "cannot be read as an .npz (File is not a zip file)"),
-        ("empty.npz", "cannot be read as an .npz (No data left in file)"),
+        ("empty.npz", "cannot be read as an .npz (is empty)"),
         ("array.npz", "cannot be read as an .npz ("),
         ("pickle.npz", "cannot be read as an .npz (Object arrays cannot be loaded when allow_pickle=False)"),
         ("other.npz", "holds pictures; expected arr_0"),

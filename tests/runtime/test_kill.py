@@ -14,7 +14,7 @@ from src.runtime.checkpoint import load_checkpoint
 from tests.runs import Process, Runner, differences
 
 KILLS = int(os.environ.get("KILLS", 6))
-STEPS_PER_LIFE = 10  # more than a life lasts: the run is not to end before the last kill
+STEPS_PER_LIFE = 20  # more than a life lasts: the run is not to end before the last kill
 # As the demo preset trains, on a smaller network. It saves after every step, so that it is saving most of the time.
 SETTINGS = dict(CLASS_CONDITIONAL=True, PREDICTION="v", BETA_SCHEDULE="cosine", LOG_EVERY=2, SAVE_EVERY=5, SAMPLE_EVERY=5)
 

@@ -70,7 +70,7 @@ def test_a_flag_beats_a_preset_and_a_preset_beats_the_constant():
     module = config_with(BATCH_SIZE=1, EPOCHS=1, SEED=1, PRESETS={"mine": dict(BATCH_SIZE=2, EPOCHS=2)})
     run = resolve(module, ["--batch_size", "3", "--preset", "mine"])
     assert (run.settings.BATCH_SIZE, run.settings.EPOCHS, run.settings.SEED) == (3, 2, 1)
-    assert run.typed == {"BATCH_SIZE"}
+    assert run.typed == {"preset", "batch_size"}
     assert changed_from_defaults(run.settings, module) == [("BATCH_SIZE", 1, 3), ("EPOCHS", 1, 2)]
 
 
