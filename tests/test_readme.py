@@ -38,7 +38,8 @@ def clone(tmp_path_factory) -> Path:
     """A fresh clone as far as the commands look at it, and small stand-ins for what they would download or a user brings."""
     folder = tmp_path_factory.mktemp("clone")
     (folder / "docs").mkdir()
-    shutil.copy(ROOT / "docs" / "shapes.pth", folder / "docs")
+    for name in ("nature.pth", "shapes.pth"):
+        shutil.copy(ROOT / "docs" / name, folder / "docs")
     for i in range(70):
         save(folder / "data/my_pictures" / ("cat", "dog")[i % 2] / f"{i}.jpg", i)
     make_tiny_imagenet(folder / "data/tiny-imagenet-200", NATURE, 70, 70)
