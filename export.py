@@ -25,7 +25,7 @@ from src.model import Attention, UNet, norm_groups
 from src.runtime.build import build_diffusion, build_model
 from src.runtime.checkpoint import TO_DRAW, TO_TRAIN, VERSION, load_checkpoint, load_weights
 from src.runtime.device import DTYPES
-from src.runtime.flags import PATH, TRUTH, FlagParser, Rows, choice, command_line, print_idle
+from src.runtime.flags import PATH, TRUTH, FlagParser, Rows, choice, command_line
 from src.runtime.folders import WHICH_CHECKPOINT, choose_checkpoint, lock_folder
 from src.runtime.resume import FREE
 from src.runtime.settings import Settings, as_text
@@ -225,7 +225,6 @@ All {s.TIME_STEPS:,} steps of the paper:
 
 def export(flags: Namespace) -> None:
     """Write the files, or nothing at all where one of them is there already. Raises UserError."""
-    print_idle(flags.typed, {"with --checkpoint and --output_dir": ("run", {"checkpoint", "output_dir"} <= flags.typed)})
     choose_checkpoint(flags)
     state = load_checkpoint(Path(flags.checkpoint), TO_DRAW, mmap=True)
     files = (weights_file if flags.weights_only else diffusers_files)(state, DTYPES[flags.dtype])

@@ -81,14 +81,15 @@ def flush_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def reading(path: str | os.PathLike, advice: str = "Fix its permissions, or choose another one.") -> Iterator[None]:
-    """Turn an OSError in the block into a UserError that says why `path`, or the file in it that failed, could not be read."""
+def reading(path: str | os.PathLike, advice: str = "Choose another one.") -> Iterator[None]:
+    """Turn an OSError in the block into a UserError that says why `path`, or the file in it that failed, could not be read.
+    advice: what to do instead of fixing the permissions, where these are the cause."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM):
-            advice = advice.removeprefix("Fix its permissions, or ").removeprefix("Fix its permissions, ")
-        raise UserError(f"Cannot read {error.filename or path}: {reason(error)}. {advice[:1].upper()}{advice[1:]}") from error
+        if error.errno in (errno.EACCES, errno.EPERM):
+            advice = f"Fix its permissions, or {advice[0].lower()}{advice[1:]}"
+        raise UserError(f"Cannot read {error.filename or path}: {reason(error)}. {advice}") from error
 
 
 @contextlib.contextmanager

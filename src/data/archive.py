@@ -86,7 +86,7 @@ class Published(NamedTuple):
 
     def read(self, root: Path, name: str) -> str:
         """The text of a file in the folder. Raises UserError."""
-        with reading(root / name, "Fix its permissions, or name another folder with --data_path."):
+        with reading(root / name, "Name another folder with --data_path."):
             try:
                 return (root / name).read_text(encoding="utf-8-sig")  # without the byte-order mark of Windows
             except FileNotFoundError:

@@ -171,7 +171,7 @@ def write_cache(cache: Path, task: Task, fingerprint: str, num_workers: int) -> 
 def open_cache(cache: Path, fingerprint: str, skip_damaged: bool) -> tuple[Images | None, str]:
     """(Images, ""), or (None, the reason why it must be made again; "" if there is none yet).
     Raises UserError if the disk or the permissions are at fault: that is no reason to decode again."""
-    with reading(cache, "Fix its permissions, delete it to have it made again, or choose another folder with --cache_path."):
+    with reading(cache, "Delete it to have it made again, or choose another folder with --cache_path."):
         try:
             with open(cache, "rb") as file:
                 np.lib.format.read_magic(file)

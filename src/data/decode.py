@@ -70,7 +70,7 @@ def open_image(path: str | os.PathLike) -> Image.Image:
     The checksums that a format has are verified: those of all chunks of a PNG and of deflated strips of a TIFF. Other formats
     have none: a flipped bit that still decodes is not noticed there. Raises UserError that names the file.
     """
-    with reading(path, "Was it moved or deleted since the start? Put it back or fix its permissions."):
+    with reading(path, "Put it back if it was moved or deleted since the start."):
         data = Path(path).read_bytes()  # all at once: a disk that fails is not taken for a damaged file
     with decoding(path):
         image = Image.open(io.BytesIO(data))

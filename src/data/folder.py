@@ -20,7 +20,7 @@ SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", "
 SPLITS = dict(train="train", training="train", test="test", testing="test", val="val", valid="val", validation="val")
 ONE_CLASS = "all"  # of pictures that lie in no sub-folder. Not the name of the folder, which may be renamed
 READ = f"Pictures that are read end in {' '.join(SUFFIXES)}"
-MOVE_IT = "Fix its permissions, or move it elsewhere to go on without it."
+MOVE_IT = "Move it elsewhere to go on without it."
 
 
 class Picture(NamedTuple):

@@ -11,9 +11,9 @@ import numpy as np
 from src.data.decode import to_uint8
 from src.data.folder import READ, Files, find_pictures, summary
 from src.data.workers import Task, Unreadable, decoded
+from src.runtime.folders import BESIDE
 from src.utils import UserError, reading, reason, stand_in
 
-BESIDE = ("grid.png", "labels.csv", "settings.json")  # what sample.py writes beside its folder images
 SHEETS = {"grid.png", "interpolation.png", "denoising.gif"}  # what it wrote among its pictures before it had that folder
 
 
@@ -56,7 +56,7 @@ class PictureSet:
 def read_set(path: Path, flag: str, cache: Path = Path("./data/cache")) -> PictureSet:
     """A folder of pictures, read recursively, or an .npz. flag: which flag named it.   cache: the folder for a list of damaged
     pictures. Raises UserError."""
-    with reading(path, f"Fix its permissions, or choose another with {flag}."):
+    with reading(path, f"Choose another with {flag}."):
         if path.is_dir():
             return read_folder(path, flag, cache)
         if path.is_file() and path.suffix.lower() == ".npz":
@@ -68,7 +68,7 @@ def read_set(path: Path, flag: str, cache: Path = Path("./data/cache")) -> Pictu
 def read_folder(path: Path, flag: str, cache: Path) -> PictureSet:
     """All pictures as they are, without resizing: another size is another statistic. Of a folder that sample.py wrote, the
     pictures in its folder images."""
-    if (path / "images").is_dir() and any((path / name).exists() for name in BESIDE):
+    if (path / "images").is_dir() and any((path / name).exists() for name in ("settings.json", *BESIDE)):
         path = path / "images"
     found, passed_over = find_pictures(path)
     files = [picture.entry for picture in found if picture.entry.name not in SHEETS]

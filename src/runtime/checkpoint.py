@@ -133,7 +133,7 @@ def load_checkpoint(path: Path, needs: Collection[str] = TO_RESUME, mmap: bool =
     """Open a checkpoint on the CPU and check its checksums. needs: the entries it must have.
     mmap: read each tensor from the disk when it is first used.
     Raises UserError with a sentence for each way in which the file may be wrong."""
-    with reading(path, "Fix its permissions, or use another one."):
+    with reading(path, "Use another one."):
         try:
             with open(path, "rb") as file:
                 is_whole = os.path.isfile(path) and zipfile.is_zipfile(file)  # as torch writes them, with an index at the end

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from src.runtime.distributed import World
-from src.runtime.flags import PATH, RUN, Rows
+from src.runtime.flags import PATH, RUN, Rows, print_idle
 from src.utils import FlagError, UserError, atomic_file, make_folders, reading, reason, take_free, writing
 
 BESIDE = ("grid.png", "labels.csv", "samples.npz", "denoising.gif", "interpolation.png", "interpolation.gif")
@@ -44,6 +44,7 @@ def no_checkpoint(path: Path) -> str:
 
 def choose_checkpoint(flags: Namespace) -> None:
     """Settle flags.checkpoint and flags.run, each by the other where it alone is given. Raises UserError."""
+    print_idle(flags.typed, {"with --checkpoint and --output_dir": ("run", {"checkpoint", "output_dir"} <= {*flags.typed})})
     if typed := flags.checkpoint:
         for folder in map(os.path.abspath, (typed, RUNS / typed)):
             if os.path.dirname(folder) == str(RUNS.absolute()) and os.path.isdir(folder):

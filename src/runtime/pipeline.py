@@ -74,7 +74,6 @@ class Pipeline:
             "where --interpolate names its pictures": ("start_index", points),
             "where --interpolate names the seeds": ("seed", points and all(seed is not None for seed, _ in points)),
             f"where all {most:,} steps are taken": ("spacing", self.steps == most),
-            "with --checkpoint and --output_dir": ("run", {"checkpoint", "output_dir"} <= {*flags.typed}),
         }
         print_idle(flags.typed, table)
         if not s.CLASS_CONDITIONAL and (flags.classes not in ("", "all") or flags.guidance != 1):

@@ -168,7 +168,7 @@ def test_a_folder_without_pictures_says_what_is_there(tmp_path):
 @pytest.mark.parametrize("name, mode, says", [
     ("data/b/deep", 0, "b/deep: Permission denied. .* move it elsewhere"),
     ("data/b", 0o400, "b(/deep)?: Permission denied"),  # its names can be read, and nothing else
-    ("data", 0, ": Permission denied. Name the folder"),
+    ("data", 0, ": Permission denied. Fix its permissions, or name the folder"),
     ("secret", 0, "a/4.png: Permission denied"),  # a link leads into it
 ])  # fmt: skip
 def test_a_folder_that_cannot_be_read_is_an_error_that_names_it(commons, name, mode, says):
