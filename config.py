@@ -1,8 +1,8 @@
 """Every setting of a run, as a flat list of constants.
 
 Each is also a flag of train.py by its lower-case name (`--batch_size 64`), and `--preset NAME` takes a
-named group from PRESETS at the end. A flag beats a preset, a preset beats the constant written here. A dataset
-of SOURCES brings a folder and an archive of its own instead of the constants.
+named group from PRESETS at the end. A flag beats a preset, a preset beats the constant written here; the network of
+--init_from beats a preset. A dataset of SOURCES brings a folder and an archive of its own instead of the constants.
 The comment behind a constant is what `python train.py --help` prints for it.
 Papers: DDPM = Ho et al. 2020, arXiv:2006.11239; iDDPM = Nichol & Dhariwal 2021, arXiv:2102.09672.
 """
@@ -76,6 +76,11 @@ SOURCES = {
     ),
 }
 
+nature_recipe = dict(
+    UNET_DIM=32, DIM_MULTS=(1, 1, 2, 4), NUM_RES_BLOCKS=1, ATTENTION_RESOLUTIONS=(8,), PREDICTION="v", BETA_SCHEDULE="cosine",
+    MIN_SNR_GAMMA=5, LEARNING_RATE=5e-4, LR_SCHEDULE="cosine", GRAD_CLIP=0.1, EMA_DECAY=0.999, BATCH_SIZE=16,
+)  # fmt: skip
+
 PRESETS = {
     # Shapes drawn by code, on two CPU cores in minutes: no download, no GPU. Chosen by trial (docs/recipes.md).
     "demo": dict(
@@ -96,14 +101,17 @@ PRESETS = {
     "nature": dict(
         DATASET="tiny-imagenet", CLASS_CONDITIONAL=True, CLASSES="n01443537, n02279972, n02281406, n02165456, n01910747, "
         "n09256479, n07749582, n07747607, n09193705, n09428293",
-        UNET_DIM=32, DIM_MULTS=(1, 1, 2, 4), NUM_RES_BLOCKS=1, ATTENTION_RESOLUTIONS=(8,),
-        PREDICTION="v", BETA_SCHEDULE="cosine", MIN_SNR_GAMMA=5, LEARNING_RATE=5e-4, LR_SCHEDULE="cosine", EMA_DECAY=0.999,
-        GRAD_CLIP=0.1, BATCH_SIZE=16, EPOCHS=170, NUM_SAMPLES=40, SAMPLE_EVERY=10, SAVE_EVERY=50, RUN="nature",
+        EPOCHS=170, NUM_SAMPLES=40, SAMPLE_EVERY=10, SAVE_EVERY=50, RUN="nature", **nature_recipe,
     ),
     # A folder of 100 to 1,000 pictures: many passes, and a warm-up, an average and saves that fit them (docs/recipes.md).
     "small": dict(
         EPOCHS=1000, WARMUP_STEPS=200, EMA_DECAY=0.999, DROPOUT=0.1, LR_SCHEDULE="cosine", VAL_EVERY=25, SAMPLE_EVERY=50,
         SAVE_EVERY=250,
+    ),
+    # 100 to 500 own pictures, with --init_from docs/nature.pth: on two CPU cores within an hour (docs/recipes.md).
+    "finetune": dict(
+        DATASET="folder", WARMUP_STEPS=100, EPOCHS=180, NUM_SAMPLES=20, VAL_EVERY=10, SAMPLE_EVERY=20, SAVE_EVERY=90,
+        RUN="fine", **nature_recipe,
     ),
     # One large GPU. The shape: 91M parameters as the default's, 34 GFLOP a picture instead of 61 (docs/recipes.md).
     "h100": dict(BATCH_SIZE=256, LEARNING_RATE=2e-4, DIM_MULTS=(1, 1, 2, 3, 4)),

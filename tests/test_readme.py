@@ -25,10 +25,8 @@ LINES = [line.partition(" #")[0].strip() for block in BLOCKS for line in block.r
 COMMANDS = [command.strip() for line in LINES for command in line.split("&&")]
 
 # The README names this environment variable: sizes with which each train command takes seconds. What it types wins over them.
-SIZES = (
-    "--image_size 24 --unet_dim 16 --dim_mults 1,1,2,4 --attention_resolutions 0 --num_res_blocks 1 --batch_size 4 "
-    "--val_images 4 --num_samples 4 --preview_steps 2 --max_steps 3 --num_workers 0 --device cpu --compile false"
-)
+NETWORK = "--image_size 24 --unet_dim 16 --dim_mults 1,1,2,4 --attention_resolutions 0 --num_res_blocks 1 --compile false "
+SHORT = "--batch_size 4 --val_images 4 --num_samples 4 --preview_steps 2 --max_steps 3 --num_workers 0 --device cpu"
 # Of the installation, the suite itself, and a server.
 BY_HAND = ("git ", "cd ", "source ", "pip ", "python -m ", "tensorboard ")
 
@@ -51,16 +49,16 @@ def clone(tmp_path_factory) -> Path:
 def results(clone, zygote) -> dict[str, tuple[int, str]]:
     """Every command of the README, in its order, in one folder, with nothing appended: {command: (exit code, what it said)}."""
     found = {}
-    setup = f"import os; os.environ['DDPM_FLAGS'] = {SIZES!r}"
     for command in COMMANDS:
         if command.startswith(("python -c", "torchrun ")):
             program, *words = [str(ROOT / word) if word.endswith(".py") else word for word in shlex.split(command)]
             words = ["-m", "torch.distributed.run", *words] if program == "torchrun" else words
-            where = {"cwd": clone, "env": os.environ | {"PYTHONPATH": str(ROOT), "DDPM_FLAGS": SIZES}}
+            where = {"cwd": clone, "env": os.environ | {"PYTHONPATH": str(ROOT), "DDPM_FLAGS": NETWORK + SHORT}}
             done = subprocess.run([sys.executable, *words], **where, capture_output=True, text=True)
             found[command] = done.returncode, done.stdout + done.stderr
         elif command and not command.startswith(BY_HAND):
             _, script, *words = shlex.split(command)
+            setup = f"import os; os.environ['DDPM_FLAGS'] = {SHORT if '--init_from' in words else NETWORK + SHORT!r}"
             process = Process(zygote, clone, script, words, setup).wait(timeout=300)
             found[command] = process.code, process.out + process.err
     return found

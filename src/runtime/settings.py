@@ -107,7 +107,7 @@ class Run(NamedTuple):
 
 
 def resolve(config: ModuleType, argv: Sequence[str], dataset_names: Any = None, network_of: Any = None) -> Run:
-    """Settle every setting: a flag beats a preset, a preset the network of --init_from, that SOURCES, and that the constant.
+    """Settle every setting: a flag beats the network of --init_from, that a preset, that SOURCES, and that the constant.
     argv: the words behind `train.py`.   dataset_names: what DATASET may be; None leaves that unchecked.
     network_of: (folder of the run, checkpoint of --init_from) -> the settings that shape the network; None: there are none."""
     constants, presets, sources = read_config(config)
@@ -118,10 +118,10 @@ def resolve(config: ModuleType, argv: Sequence[str], dataset_names: Any = None, 
     chosen, origin = constants | changes | typed, of_run.get("init_from")
     dataset, own = chosen["DATASET"], source_of(chosen["DATASET"], constants, sources)
     network = network_of(Path(chosen["CHECKPOINT_PATH"], chosen["RUN"]), origin) if network_of and origin else {}
-    settings = Settings(**constants | own | network | changes | typed)
+    settings = Settings(**constants | own | changes | network | typed)
     places = dict.fromkeys(constants, "config.py: ") | dict.fromkeys(own, IN_TABLE.format("SOURCES", dataset))
-    places |= dict.fromkeys(network, f"{origin} has ")
     places |= dict.fromkeys(changes, IN_TABLE.format("PRESETS", of_run.get("preset")))
+    places |= dict.fromkeys(network, f"{origin} has ")
     check_combinations(settings, {name: place for name, place in places.items() if name not in typed}, dataset_names)
     return Run(settings, **of_run | {"typed": frozenset(flags["typed"])})
 

@@ -234,17 +234,18 @@ def test_the_levels_advised_for_an_image_size_are_accepted():
         assert mults.startswith(advised) and resolve(config, [*words, "--dim_mults", advised])
 
 
-def test_a_preset_beats_the_network_of_init_from_which_beats_the_constant():
+def test_the_network_of_init_from_beats_a_preset_which_beats_the_constant():
     asked = []
 
     def network_of(folder: Path, init_from: str) -> dict:
         asked.append((folder, init_from))
         return dict(UNET_DIM=32, DIM_MULTS=(1, 2), IMAGE_SIZE=16, TIME_STEPS=7)
 
-    module = config_with(PRESETS={"mine": dict(TIME_STEPS=9)}, SOURCES={"shapes": dict(IMAGE_SIZE=8)}, DATASET="shapes")
+    presets = {"mine": dict(TIME_STEPS=9, BATCH_SIZE=3)}
+    module = config_with(PRESETS=presets, SOURCES={"shapes": dict(IMAGE_SIZE=8)}, DATASET="shapes")
     words = ["--init_from", "x.pth", "--preset", "mine", "--unet_dim", "64", "--run", "new"]
     s = resolve(module, words, network_of=network_of).settings
-    assert (s.UNET_DIM, s.TIME_STEPS, s.DIM_MULTS, s.IMAGE_SIZE) == (64, 9, (1, 2), 16)
+    assert (s.UNET_DIM, s.TIME_STEPS, s.DIM_MULTS, s.IMAGE_SIZE, s.BATCH_SIZE) == (64, 7, (1, 2), 16, 3)
     assert asked == [(Path("checkpoints/new"), "x.pth")]
     sentence = refusal(FlagError, module, *words, "--dim_mults", "1,1,1,1,1,1", network_of=network_of)
     assert sentence.startswith("x.pth has IMAGE_SIZE = 16 with --dim_mults 1,1,1,1,1,1: allowed are multiples of 32")
