@@ -2,9 +2,9 @@
 
     python -m benchmarks.equal_time --minutes 60 --data_path data/tiny-imagenet-200
 
-docs/recipes.md says how each trains and draws. "swapped": with the learning rate and the average of ours, ours with those of
-diffusers. The same command goes on with the contestants that are missing, each a process of its own. OUTPUT_PATH/equal_time
-gets all pictures, and sheet.png with ten of each.
+docs/recipes.md says how each trains and draws. "our rate": with the learning rate and the average of ours. The same command
+goes on with the contestants that are missing, each a process of its own. OUTPUT_PATH/equal_time gets all pictures, and
+sheet.png with ten of each.
 """
 
 import multiprocessing
@@ -47,14 +47,13 @@ PROGRAMS: dict[str, dict[str, Any]] = {
     "diffusers": dict(unet_dim=16, dim_mults="1,1,2,4,5,5", num_res_blocks=2, attention_resolutions=4, batch_size=16),
     "lucidrains": dict(unet_dim=16, dim_mults="1,2,4,10", batch_size=16),
 }
-SWAPPED = ", swapped"
-OURS_SWAPPED = dict(learning_rate=1e-4, warmup_steps=500, lr_schedule="cosine", ema_decay=0.9999)
+NAMES = ["ours", "diffusers", "lucidrains", "diffusers, our rate", "lucidrains, our rate"]
 CPU = torch.device("cpu")
 
 
 def flags_of(args: Args, name: str) -> list[str]:
-    changes = PROGRAMS[name.split(",")[0]] | (OURS_SWAPPED if name == "ours" + SWAPPED else {})
-    return common.flags_for(args, preset="nature", class_conditional="false", data_path=args.data_path, **changes)
+    own = PROGRAMS[name.split(",")[0]]
+    return common.flags_for(args, preset="nature", class_conditional="false", data_path=args.data_path, **own)
 
 
 def fitting(step: Call, minutes: float) -> int:
@@ -82,7 +81,7 @@ def train_peer(args: Args, s: Settings, name: str) -> tuple[int, int, nn.Module]
     rehearsal = PEERS[program](UNETS[program](s), s)
     planned = fitting(lambda: rehearsal.step(batches(0, 0).x_0), args.minutes)
     peer = PEERS[program](UNETS[program](s), s, planned)
-    if name.endswith(SWAPPED):
+    if name.endswith("our rate"):
         own = float(peer.rate.base_lrs[0])
         rate = LambdaLR(peer.optimizer, lambda step: learning_rate(s, step, planned) / own)
         ema = EMA(peer.module, s.EMA_DECAY)
@@ -137,7 +136,7 @@ def contend(args: Args, name: str) -> dict[str, Any]:
 
 def measure(args: Args) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # of the contestants
-    names, asked = [name + way for name in PROGRAMS for way in ("", SWAPPED)], dict(minutes=args.minutes, count=args.count)
+    asked = dict(minutes=args.minutes, count=args.count)
     folder = Path(resolve(config, flags_of(args, "ours")).settings.OUTPUT_PATH, "equal_time")
     table = Table("equal_time", args, CPU, **asked)
     done = {row["name"] for row in table.past() if asked.items() <= row.items()}
@@ -147,10 +146,10 @@ def measure(args: Args) -> None:
             table.add(**pool.submit(contend, args, name).result())
 
     with ThreadPoolExecutor(args.jobs) as threads:
-        waiting = [name for name in names if name not in done or not (folder / f"{name}.pt").exists()]
+        waiting = [name for name in NAMES if name not in done or not (folder / f"{name}.pt").exists()]
         list(threads.map(enter, waiting))  # raises what one of them raised
-    saved = {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in names}
-    drawn = [(name, way, images[:10]) for name in names for way, images in saved[name].items()]
+    saved = {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in NAMES}
+    drawn = [(name, way, images[:10]) for name in NAMES for way, images in saved[name].items()]
     titles = [title for name, way, images in drawn for title in [name, way, *[""] * 8][: len(images)]]
     save_png(sheet(torch.cat([images for _, _, images in drawn]), titles, 10), folder / "sheet.png")
 
