@@ -69,7 +69,7 @@ LOG_PATH = "./logs/tensorboard"  # folder of the TensorBoard events
 
 # What stands in for DATA_PATH, DATA_URL, DATA_SIZE and DATA_MD5 above. A dataset without a row here lies in ./data/NAME.
 SOURCES = {
-    "tiny-imagenet": {}, "folder": {}, "shapes": {},
+    "tiny-imagenet": {}, "shapes": {},
     "cifar10": dict(
         DATA_PATH="./data/cifar-10-batches-bin", DATA_URL="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
         DATA_SIZE=170052171, DATA_MD5="c32a1d4ab5d03f1284b67883e8d87530",

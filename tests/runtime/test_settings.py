@@ -85,6 +85,7 @@ def test_a_dataset_brings_its_source_which_presets_and_flags_beat():
         assert other == replace(resolve(config_with(DATA_PATH=path), []).settings, DATASET=dataset)
         assert [name for name, _, _ in changed_from_defaults(other, module)] == ["DATASET"]
     assert resolve(config_with(DATASET="mine", DATA_PATH="c"), []).settings.DATA_PATH == "c"
+    assert resolve(config, ["--dataset", "folder"]).settings.DATA_PATH == "./data/folder"  # not Tiny ImageNet's
 
 
 @pytest.mark.parametrize(
