@@ -100,7 +100,7 @@ def test_the_commands_leave_what_the_page_says(results, clone):
 @pytest.mark.slow
 def test_a_checkpoint_opens_as_shown(results, clone, monkeypatch):
     monkeypatch.chdir(clone)
-    (snippet,) = re.findall(r"```python\n(torch\.load.*?)```", README, re.DOTALL)
+    (snippet,) = re.findall(r"`(torch\.load.*?)`", README)
     assert eval(snippet, {"torch": torch})["IMAGE_SIZE"] == 24
 
 
