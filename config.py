@@ -76,6 +76,7 @@ SOURCES = {
     ),
 }
 
+# The network of docs/nature.pth and how it trains, also on own pictures (docs/recipes.md).
 nature_recipe = dict(
     UNET_DIM=32, DIM_MULTS=(1, 1, 2, 4), NUM_RES_BLOCKS=1, ATTENTION_RESOLUTIONS=(8,), PREDICTION="v", BETA_SCHEDULE="cosine",
     MIN_SNR_GAMMA=5, LEARNING_RATE=5e-4, LR_SCHEDULE="cosine", GRAD_CLIP=0.1, EMA_DECAY=0.999, BATCH_SIZE=16,
