@@ -2,9 +2,8 @@
 
     python -m benchmarks.equal_time --minutes 60 --data_path data/tiny-imagenet-200
 
-docs/recipes.md says how each trains and draws. "our rate": with the learning rate and the average of ours. The same command
-goes on with the contestants that are missing, each a process of its own. OUTPUT_PATH/equal_time gets all pictures, and
-sheet.png with ten of each.
+docs/recipes.md says how each trains and draws. "our rate": with the learning rate and the average of ours. Each trains in one
+process and draws in another. The same command goes on with what is missing. OUTPUT_PATH/equal_time gets all, and a sheet.png.
 """
 
 import multiprocessing
@@ -13,7 +12,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -37,7 +37,7 @@ from src.runtime.build import build_batches, build_diffusion, build_model, open_
 from src.runtime.checkpoint import TO_DRAW, load_checkpoint
 from src.runtime.settings import Settings, resolve
 from src.runtime.sheets import sheet
-from src.utils import save_png, to_uint8
+from src.utils import atomic_file, save_png, to_uint8
 from train import learning_rate
 
 # Flags of train.py. Peers' networks are those of train_unconditional.py and of lucidrains' README, to scale, with last levels
@@ -116,17 +116,27 @@ def draw(args: Args, s: Settings, program: str, network: Any) -> dict[str, Tenso
     return {way: to_uint8(torch.cat(parts)) for way, parts in drawn.items() if parts}
 
 
-def contend(args: Args, name: str) -> dict[str, Any]:
-    """The row of a contestant."""
+def train(args: Args, name: str, file: Path) -> None:
+    """Keeps in the file what the contestant's row says of its training, and the average of its weights."""
     torch.manual_seed(0)
-    program, words, start = name.split(",")[0], flags_of(args, name), time.monotonic()
+    words, start = flags_of(args, name), time.monotonic()
     s = resolve(config, words).settings
-    steps, planned, network = train_ours(args, s, words) if program == "ours" else train_peer(args, s, name)
-    row: dict[str, Any] = {"name": name, "params_millions": parameter_count(network) / 1e6, "steps": steps, "planned": planned}
+    steps, planned, network = train_ours(args, s, words) if name == "ours" else train_peer(args, s, name)
+    row = {"name": name, "params_millions": parameter_count(network) / 1e6, "steps": steps, "planned": planned}
     row |= {"pictures_seen": steps * s.BATCH_SIZE, "minutes_in_all": (time.monotonic() - start) / 60}
+    with atomic_file(file) as out:
+        torch.save((row, network.state_dict()), out)
+
+
+def judged(args: Args, name: str, file: Path) -> dict[str, Any]:
+    """The row of a contestant that has trained."""
+    torch.manual_seed(0)
+    program, s = name.split(",")[0], resolve(config, flags_of(args, name)).settings
+    row, weights = torch.load(file, weights_only=True)
+    network = build_model(s, 0) if program == "ours" else PEERS[program](UNETS[program](s), s).averaged
+    network.load_state_dict(weights)
     pictures = draw(args, s, program, network.eval().requires_grad_(False))
-    (folder := Path(s.OUTPUT_PATH, "equal_time")).mkdir(parents=True, exist_ok=True)
-    torch.save(pictures, folder / f"{name}.pt")
+    torch.save(pictures, file.with_name(f"{name}.pt"))
     val, judge = open_images(s, "val"), Judge(s, args.tiny)
     real = torch.from_numpy(val[torch.linspace(0, len(val) - 1, args.count).long().numpy()])
     for what, images in ({"own sampler": pictures["dpm++"]} | pictures | {"real validation pictures": real}).items():
@@ -141,13 +151,21 @@ def measure(args: Args) -> None:
     table = Table("equal_time", args, CPU, **asked)
     done = {row["name"] for row in table.past() if asked.items() <= row.items()}
 
-    def enter(name: str) -> None:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            table.add(**pool.submit(contend, args, name).result())
+    def process(work: Callable, name: str) -> Any:
+        file = folder / f"{name}, {args.minutes:g} minutes, {table.about['commit']}.pt"
+        if work is judged or not file.exists():
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                return pool.submit(work, args, name, file).result()
 
-    with ThreadPoolExecutor(args.jobs) as threads:
+    with ThreadPoolExecutor(args.jobs) as cores:  # drawing begins where a core has nothing to train
+
+        def enter(name: str) -> Future:
+            process(train, name)
+            return cores.submit(lambda: table.add(**process(judged, name)))
+
         waiting = [name for name in NAMES if name not in done or not (folder / f"{name}.pt").exists()]
-        list(threads.map(enter, waiting))  # raises what one of them raised
+        for drawing in list(cores.map(enter, waiting)):
+            drawing.result()  # raises what it raised
     saved = {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in NAMES}
     drawn = [(name, way, images[:10]) for name in NAMES for way, images in saved[name].items()]
     titles = [title for name, way, images in drawn for title in [name, way, *[""] * 8][: len(images)]]
