@@ -146,7 +146,7 @@ def judged(args: Args, name: str, file: Path) -> dict[str, Any]:
 
 def measure(args: Args) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # of the contestants
-    asked = dict(minutes=args.minutes, count=args.count)
+    asked = dict(minutes=args.minutes, count=args.count, threads=1)
     folder = Path(resolve(config, flags_of(args, "ours")).settings.OUTPUT_PATH, "equal_time")
     table = Table("equal_time", args, CPU, **asked)
     done = {row["name"] for row in table.past() if asked.items() <= row.items()}
