@@ -6,6 +6,7 @@ docs/recipes.md says how each trains and draws. "our rate": with the learning ra
 process and draws in another. The same command goes on with what is missing. OUTPUT_PATH/equal_time gets all, and a sheet.png.
 """
 
+import hashlib
 import multiprocessing
 import os
 import subprocess
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 import config
@@ -63,20 +64,18 @@ def fitting(step: Call, minutes: float) -> int:
     return max(1, int(60 * minutes / common.seconds_per_call(step, calls, CPU)))
 
 
-def train_ours(args: Args, s: Settings, words: list[str]) -> tuple[int, int, nn.Module]:
-    """Steps done and planned, and the network with the average of its weights."""
+def train_ours(args: Args, s: Settings, words: list[str]) -> tuple[int, int, dict[str, Tensor]]:
+    """Steps done and planned, and the average of the weights."""
     planned = fitting(Step(s, CPU, open_images(s, "train")), args.minutes)
     with tempfile.TemporaryDirectory() as folder:
         words += [f"--max_steps={planned}", "--val_every=100000", "--val_images=16", "--num_samples=1"]
         words += [f"--{place}_path={folder}/{place}" for place in ("checkpoint", "output", "log")]
         limited(60 * args.minutes + 60, [sys.executable, "train.py", *words], stdout=subprocess.DEVNULL)  # a minute to start
         state = load_checkpoint(Path(folder, "checkpoint", s.RUN, "latest.pth"), (*TO_DRAW, "step"))
-    model = build_model(s, 0)
-    model.load_state_dict(state["ema"])
-    return state["step"], planned, model
+    return state["step"], planned, state["ema"]
 
 
-def train_peer(args: Args, s: Settings, name: str) -> tuple[int, int, nn.Module]:
+def train_peer(args: Args, s: Settings, name: str) -> tuple[int, int, dict[str, Tensor]]:
     program, batches = name.split(",")[0], build_batches(s, DeviceImages(open_images(s, "train"), CPU))
     rehearsal = PEERS[program](UNETS[program](s), s)
     planned = fitting(lambda: rehearsal.step(batches(0, 0).x_0), args.minutes)
@@ -90,7 +89,7 @@ def train_peer(args: Args, s: Settings, name: str) -> tuple[int, int, nn.Module]
     while step < planned and time.monotonic() < end:
         peer.step(batches(step, 0).x_0)
         step += 1
-    return step, planned, peer.averaged
+    return step, planned, peer.averaged.state_dict()
 
 
 def draw(args: Args, s: Settings, program: str, network: Any) -> dict[str, Tensor]:
@@ -121,11 +120,10 @@ def train(args: Args, name: str, file: Path) -> None:
     torch.manual_seed(0)
     words, start = flags_of(args, name), time.monotonic()
     s = resolve(config, words).settings
-    steps, planned, network = train_ours(args, s, words) if name == "ours" else train_peer(args, s, name)
-    row = {"name": name, "params_millions": parameter_count(network) / 1e6, "steps": steps, "planned": planned}
-    row |= {"pictures_seen": steps * s.BATCH_SIZE, "minutes_in_all": (time.monotonic() - start) / 60}
+    steps, planned, weights = train_ours(args, s, words) if name == "ours" else train_peer(args, s, name)
+    row = {"name": name, "steps": steps, "planned": planned, "pictures_seen": steps * s.BATCH_SIZE}
     with atomic_file(file) as out:
-        torch.save((row, network.state_dict()), out)
+        torch.save((row | {"minutes_in_all": (time.monotonic() - start) / 60}, weights), out)
 
 
 def judged(args: Args, name: str, file: Path) -> dict[str, Any]:
@@ -135,6 +133,7 @@ def judged(args: Args, name: str, file: Path) -> dict[str, Any]:
     row, weights = torch.load(file, weights_only=True)
     network = build_model(s, 0) if program == "ours" else PEERS[program](UNETS[program](s), s).averaged
     network.load_state_dict(weights)
+    row["params_millions"] = parameter_count(network) / 1e6
     pictures = draw(args, s, program, network.eval().requires_grad_(False))
     torch.save(pictures, file.with_name(f"{name}.pt"))
     val, judge = open_images(s, "val"), Judge(s, args.tiny)
@@ -146,23 +145,24 @@ def judged(args: Args, name: str, file: Path) -> dict[str, Any]:
 
 def measure(args: Args) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # of the contestants
-    asked = dict(minutes=args.minutes, count=args.count, threads=1)
+    asked = {name: getattr(args, name) for name in ("minutes", "count", "data_path", "train_flags")} | {"threads": 1}
     folder = Path(resolve(config, flags_of(args, "ours")).settings.OUTPUT_PATH, "equal_time")
     table = Table("equal_time", args, CPU, **asked)
     done = {row["name"] for row in table.past() if asked.items() <= row.items()}
 
-    def process(work: Callable, name: str) -> Any:
-        file = folder / f"{name}, {args.minutes:g} minutes, {table.about['commit']}.pt"
-        if work is judged or not file.exists():
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                return pool.submit(work, args, name, file).result()
+    how = [value for fact, value in table.about.items() if fact not in ("command", "date", "count")]  # else it trains anew
+    key = hashlib.sha256(repr(how).encode()).hexdigest()[:8]
+
+    def process(work: Callable, name: str, file: Path) -> Any:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(work, args, name, file).result()
+
+    def enter(name: str) -> Future:
+        if not (file := folder / f"{name}-{key}.pt").exists():
+            process(train, name, file)
+        return cores.submit(lambda: table.add(**process(judged, name, file)))
 
     with ThreadPoolExecutor(args.jobs) as cores:  # drawing begins where a core has nothing to train
-
-        def enter(name: str) -> Future:
-            process(train, name)
-            return cores.submit(lambda: table.add(**process(judged, name)))
-
         waiting = [name for name in NAMES if name not in done or not (folder / f"{name}.pt").exists()]
         for drawing in list(cores.map(enter, waiting)):
             drawing.result()  # raises what it raised

@@ -245,3 +245,9 @@ def test_equal_time_trains_draws_and_judges_each_once(bench, run, monkeypatch, t
         assert 0 < line["steps"] <= line["planned"] and line["pictures_seen"] == 2 * line["steps"]
         assert (line["frechet, own sampler"] == line["frechet, dpm++"]) == (line["name"] == "ours")
     assert (tmp_path / "equal_time" / "sheet.png").exists()
+    lines, _ = bench(equal_time, words.replace("--unet_dim 8", "--unet_dim 16"))
+    assert len(lines) == 10 and lines[5]["params_millions"] > lines[0]["params_millions"]  # other flags train anew
+    (tmp_path / "equal_time.jsonl").unlink()
+    monkeypatch.setattr(equal_time, "train", None)
+    lines, _ = bench(equal_time, words)  # from the trained networks that are kept
+    assert [line["name"] for line in lines] == equal_time.NAMES
